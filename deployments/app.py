@@ -29,7 +29,6 @@ from cosmos3_core.parallel.layout import Layout
 from deployments.api.ingress import Ingress
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
 from deployments.director.director import Director
-from deployments.served_model import offers_sound
 from deployments.stages.audio_vae import AudioVAEDeployment
 from deployments.stages.guardrail import Guardrails
 from deployments.stages.handles import StageHandles
@@ -44,18 +43,20 @@ _SHUTDOWN_POLL_S = 0.1
 
 def build_app(config: AppConfig) -> serve.Application:
     """Return the application of a configuration."""
-    checkpoint = str(config.checkpoint)
-    tokenizer = _deploy("PromptTokenizer", PromptTokenizer, config, config.tokenizer).bind(checkpoint)
-    transformer = _deploy_transformer("Transformer", config, config.transformer)
-    unguided = _deploy_transformer("UnguidedTransformer", config, config.unguided) if config.unguided else None
-    decoders = make_vae_gang_spec(config)
-    vae = _deploy_gangs("VideoVAE", VideoVAEDeployment, config, config.vae, decoders).bind(
-        decoders, CallLimits(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
+    directory, checkpoint = str(config.checkpoint), CheckpointLayout.open(config.checkpoint)
+    tokenizer = _deploy("PromptTokenizer", PromptTokenizer, config, config.tokenizer).bind(directory)
+    transformer = _deploy_transformer("Transformer", config, config.transformer, checkpoint)
+    unguided = None
+    if config.unguided is not None:
+        unguided = _deploy_transformer("UnguidedTransformer", config, config.unguided, checkpoint)
+    vae_gang = make_vae_gang_spec(config, checkpoint)
+    vae = _deploy_gangs("VideoVAE", VideoVAEDeployment, config, config.vae, vae_gang).bind(
+        vae_gang, CallLimits(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
     )
     audio = None
-    if has_audio(config):
+    if config.audio.decodes_sound(checkpoint):
         audio = _deploy("AudioVAE", AudioVAEDeployment, config, config.audio).bind(
-            checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
+            directory, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
     encoder = _deploy("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(config.media)
     guardrail = None
@@ -73,21 +74,10 @@ def build(args: dict[str, Any]) -> serve.Application:
     return build_app(AppConfig.parse(args))
 
 
-def has_audio(config: AppConfig) -> bool:
-    """Return whether the app decodes sound; raise CheckpointError or CapabilityError, as :func:`offers_sound`."""
-    return offers_sound(config.audio, CheckpointLayout.open(config.checkpoint))
-
-
-def make_gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
-    """Return the gang that one replica of a transformer stage owns.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used.
-        RequestError: the layout does not fit the checkpoint; names the degrees that do.
-    """
+def make_gang_spec(config: AppConfig, stage: TransformerStage, checkpoint: CheckpointLayout) -> GangSpec:
+    """Return the gang of one replica of a transformer stage; raise RequestError for an unfit layout."""
     layout = Layout(stage.tp, stage.cfg, stage.sp)
-    # Refuse a wrong layout before anything is placed.
-    layout.check(CheckpointLayout.open(config.checkpoint).transformer)
+    layout.check(checkpoint.transformer)  # before anything is placed
     # A fallback: the leader's own deadlines come first.
     collective_timeout_s = 2 * max(stage.start_timeout_s, stage.first_step_timeout_s, stage.quantum_timeout_s)
     rank = TransformerSpec(
@@ -101,8 +91,8 @@ def make_gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
 
 
-def make_vae_gang_spec(config: AppConfig) -> GangSpec:
-    """Return the gang that one replica of the video VAE owns; raise CheckpointError for an unusable checkpoint."""
+def make_vae_gang_spec(config: AppConfig, checkpoint: CheckpointLayout) -> GangSpec:
+    """Return the gang that one replica of the video VAE owns."""
     stage = config.vae
     rank = VideoVAESpec(
         str(config.checkpoint),
@@ -110,7 +100,7 @@ def make_vae_gang_spec(config: AppConfig) -> GangSpec:
         stage.dtype,
         stage.num_threads,
         stage.ranks,
-        latent_channels=CheckpointLayout.open(config.checkpoint).vae.z_dim,
+        latent_channels=checkpoint.vae.z_dim,
         chunk_latents=stage.chunk_latents,
         is_card_by_rank=stage.beside_transformer,
         preview_cache_dir=None if stage.preview_cache_dir is None else str(stage.preview_cache_dir),
@@ -119,9 +109,9 @@ def make_vae_gang_spec(config: AppConfig) -> GangSpec:
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
 
 
-def make_loop_spec(stage: TransformerStage) -> LoopSpec:
-    """Return how a leader of this stage runs its gang."""
-    return LoopSpec(
+def _deploy_transformer(name: str, config: AppConfig, stage: TransformerStage, checkpoint: CheckpointLayout) -> Any:
+    gang = make_gang_spec(config, stage, checkpoint)
+    loop = LoopSpec(
         max_jobs=stage.max_jobs,
         max_held_bytes=stage.max_held_bytes,
         text_cache_bytes=stage.text_cache_bytes,
@@ -129,11 +119,7 @@ def make_loop_spec(stage: TransformerStage) -> LoopSpec:
         first_step_timeout_s=stage.first_step_timeout_s,
         quantum_timeout_s=stage.quantum_timeout_s,
     )
-
-
-def _deploy_transformer(name: str, config: AppConfig, stage: TransformerStage) -> Any:
-    gang = make_gang_spec(config, stage)
-    return _deploy_gangs(name, Transformer, config, stage, gang).bind(gang, make_loop_spec(stage))
+    return _deploy_gangs(name, Transformer, config, stage, gang).bind(gang, loop)
 
 
 def _deploy_gangs(name: str, body: type, config: AppConfig, stage: GangStage, gang: GangSpec) -> Any:

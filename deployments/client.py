@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import AppNotFound
 from cosmos3_core import checks
+from deployments.api_model import Model
 from deployments.clients.asynchronous import DEFAULT_CALL_S, LONGEST_S, AsyncCosmos3Client, Generation
 from deployments.clients.blocking import Cosmos3Client, VideoStream
-from deployments.clients.http_calls import Connecting
-from deployments.clients.streams import DEFAULT_PATIENCE, AsyncVideoStream, Patience
+from deployments.clients.http_connection import Connecting
+from deployments.clients.transport import DEFAULT_PATIENCE, AsyncVideoStream, Patience
 from deployments.jobs.video import Video, VideoError, VideoPage
-from deployments.served_model import Model
 
 if TYPE_CHECKING:
     from deployments.clients.handle_transport import HandleTransport

@@ -6,12 +6,15 @@ import difflib
 from abc import abstractmethod
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from cosmos3_core.errors import Cosmos3Error
+from cosmos3_core.errors import CapabilityError, Cosmos3Error
+
+if TYPE_CHECKING:
+    from cosmos3_core.checkpoint.layout import CheckpointLayout
 
 _PACKAGED = Path(__file__).parents[1] / "cluster" / "configs"
 DEFAULT_CONFIG = _PACKAGED / "laptop.yaml"
@@ -224,7 +227,7 @@ class LightStage(Stage):
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="per replica")
 
 
-class Device(Strict):
+class TorchSection(Strict):
     """The device of a stage's weights, and their dtype."""
 
     device: str = Field("cpu", description="torch device string")
@@ -237,7 +240,7 @@ class Device(Strict):
         return self.device.partition(":")[0] == "cuda"
 
 
-class GangStage(Stage, Device):
+class GangStage(Stage, TorchSection):
     """Base of stages whose replica is a gang: a leader and its ranks in one placement group."""
 
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="for the leader")
@@ -294,7 +297,6 @@ class TransformerStage(GangStage):
 
     @property
     def num_ranks(self) -> int:
-        """Ranks in a gang."""
         return self.tp * self.cfg * self.sp
 
     @model_validator(mode="after")
@@ -321,7 +323,6 @@ class VideoVAEStage(GangStage):
 
     @property
     def num_ranks(self) -> int:
-        """Ranks in a gang."""
         return self.ranks
 
     def _check_cards(self) -> None:
@@ -336,11 +337,17 @@ class VideoVAEStage(GangStage):
             raise ValueError(f"beside_transformer needs STRICT_PACK, one node (got {self.placement_strategy})")
 
 
-class AudioVAEStage(Stage, Device):
+class AudioVAEStage(Stage, TorchSection):
     """The decoder of sound, of apps whose checkpoint makes sound."""
 
     enabled: bool | None = Field(None, description="null: if the checkpoint makes sound")
     max_ongoing_requests: int = Field(2, ge=1, description="clips at once per replica")
+
+    def decodes_sound(self, checkpoint: CheckpointLayout) -> bool:
+        """Whether the app decodes sound; raise CapabilityError if it is enabled and the checkpoint makes none."""
+        if self.enabled and not checkpoint.has_sound:
+            raise CapabilityError("audio.enabled", True, "null or false", f"{checkpoint.name} makes no sound.")
+        return checkpoint.has_sound if self.enabled is None else self.enabled
 
     @model_validator(mode="after")
     def _check_card(self) -> Self:
@@ -443,7 +450,7 @@ class AppConfig(Strict):
         return cls.parse(values)
 
 
-def config_file(name: str) -> Path:
+def find_config_file(name: str) -> Path:
     """Return the file at a path, or the packaged one of a bare name; if there is none, raise ConfigError."""
     packaged = {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
     if not Path(name).is_file() and name in packaged:

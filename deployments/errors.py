@@ -1,18 +1,5 @@
 """Exception types of the graph.
 
-    Cosmos3Error
-    ├── ApiError                  has an HTTP status and a code of its own
-    │   └── BodyError             the request body cannot be parsed or is too large
-    ├── ContentBlocked            the guardrail blocked a prompt or frames
-    ├── GuardrailUnavailable      the guardrail cannot check them; the request fails, nothing passes unchecked
-    ├── AdapterError              the configured guardrail adapter cannot be used; the stage does not start
-    ├── MediaStoreError           the media store cannot be used
-    └── JobsError                 the jobs database cannot be used
-        ├── IllegalTransition     a job cannot change its state like this
-        ├── LeaseLost             another runner has the job, or the job has ended
-        ├── JobCancelled          the job was stopped before its end
-        └── IdempotencyConflict   an idempotency key was used for another request before
-
 :mod:`cosmos3_core.errors` and :mod:`cluster.errors` hold the types of the layers below. All of them survive pickling
 between processes, because their arguments are all that they hold. None repeats a prompt. :mod:`deployments.failures`
 translates Ray's errors into these types, and these types into HTTP statuses and messages.
@@ -46,24 +33,22 @@ class BodyError(ApiError):
     """The request body cannot be parsed or is too large."""
 
 
-class ContentBlocked(Cosmos3Error):
-    """The guardrail blocked ``what`` of a request: "prompt" or "pictures"."""
-
+class _GuardrailError(Cosmos3Error):
     def __init__(self, what: str) -> None:
         self.what = what
         super().__init__(what)
+
+
+class ContentBlocked(_GuardrailError):
+    """The guardrail blocked ``what`` of a request: "prompt" or "pictures"."""
 
     def __str__(self) -> str:
         advice = "; change the prompt" if self.what == "prompt" else ""
         return f"the guardrail has stopped the request because of its {self.what}{advice}"
 
 
-class GuardrailUnavailable(Cosmos3Error):
+class GuardrailUnavailable(_GuardrailError):
     """The guardrail failed, is away or takes too long, and has not checked ``what``: "prompt" or "pictures"."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        super().__init__(what)
 
     def __str__(self) -> str:
         return f"the guardrail cannot look at the {self.what} just now, and nothing passes without; try again later"

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from ray.exceptions import (
-    ActorUnschedulableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RaySystemError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from typing import NamedTuple
+
+from ray import exceptions as ray_errors
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from cluster.errors import (
@@ -41,18 +34,10 @@ _FULL_QUEUE_S = 2.0
 # A process or node died, or took an object with it: the same request can succeed on another replica. A stream closed
 # under its consumer means that the producer's process died.
 _RETRYABLE = (
-    GangFailed,
-    StreamClosed,
-    RayActorError,
-    ObjectLostError,
-    WorkerCrashedError,
-    RaySystemError,
-    NodeDiedError,
-    LocalRayletDiedError,
-    ActorUnschedulableError,
-    ReplicaUnavailableError,
-    # The gang cannot read a saved state: the next attempt starts without it.
-    StateError,
+    *(GangFailed, StreamClosed, ReplicaUnavailableError, ray_errors.RayActorError, ray_errors.RaySystemError),
+    *(ray_errors.ObjectLostError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError),
+    *(ray_errors.LocalRayletDiedError, ray_errors.ActorUnschedulableError),
+    StateError,  # the gang cannot read a saved state: the next attempt starts without it
 )
 
 _INTERNAL, _MEDIA, _JOBS = "internal_error", "media_unavailable", "jobs_unavailable"
@@ -86,7 +71,7 @@ _MESSAGES = {
 
 def unwrap_error(error: BaseException) -> BaseException:
     """Return the exception that a remote method raised, without Ray's wrapper and traceback text."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+    while isinstance(error, ray_errors.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
@@ -111,7 +96,7 @@ def is_retryable(error: BaseException) -> bool:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an object of the object store is gone."""
-    return isinstance(unwrap_error(error), ObjectLostError)
+    return isinstance(unwrap_error(error), ray_errors.ObjectLostError)
 
 
 def summarize_error(error: BaseException) -> str:
@@ -121,27 +106,32 @@ def summarize_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def explain_failure(error: BaseException) -> tuple[str, str]:
-    """Return the code and the message that a caller may read: without addresses, paths or process ids."""
+class Explanation(NamedTuple):
+    """What an error means to a caller, who may read the message: it has no addresses, paths or process ids.
+
+    Attributes:
+        error: translated.
+        status: of its HTTP answer; 500 for an unknown type.
+        is_complete: whether the message says everything; otherwise the error must be logged.
+    """
+
+    error: BaseException
+    status: int
+    code: str
+    message: str
+    is_complete: bool
+
+
+def explain_error(error: BaseException) -> Explanation:
+    """Look up what an error means to a caller."""
     error = translate_error(error, "director")
     if isinstance(error, ApiError):
-        return error.code, str(error)
-    _, code = find_status(error)
+        return Explanation(error, error.status, error.code, error.message, is_complete=True)
+    found = ((status, code) for kind, status, code in _STATUS if isinstance(error, kind))
+    status, code = next(found, (500, _INTERNAL))
+    hidden = _MESSAGES.get(code)
     if isinstance(error, StageFailed):  # its reason is Ray's text, with addresses and process ids
-        return code, f"the stage {error.stage!r} failed {error.attempts} times; {_LOGGED}"
-    if isinstance(error, GangFailed):
-        return code, f"a gang of processes failed during {error.phase!r}; {_LOGGED}"
-    return code, _MESSAGES.get(code, str(error))
-
-
-def is_explained(error: BaseException) -> bool:
-    """Whether a caller's message says everything; otherwise the error must be logged."""
-    error = translate_error(error, "director")
-    if isinstance(error, StageFailed | GangFailed):
-        return False
-    return isinstance(error, ApiError) or find_status(error)[1] not in _MESSAGES
-
-
-def find_status(error: BaseException) -> tuple[int, str]:
-    """Look up the HTTP status and the code of an error; unknown types are 500."""
-    return next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, _INTERNAL))
+        hidden = f"the stage {error.stage!r} failed {error.attempts} times; {_LOGGED}"
+    elif isinstance(error, GangFailed):
+        hidden = f"a gang of processes failed during {error.phase!r}; {_LOGGED}"
+    return Explanation(error, status, code, hidden or str(error), is_complete=hidden is None)

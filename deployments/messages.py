@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -287,3 +288,8 @@ class Generated:
 
     media: bytes
     info: Finished
+
+
+def round_seconds(stage_seconds: Mapping[str, float]) -> dict[str, float]:
+    """Round stage -> seconds for an answer."""
+    return {name: round(seconds, 4) for name, seconds in stage_seconds.items()}

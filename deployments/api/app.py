@@ -16,27 +16,23 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cosmos3_core.errors import Cosmos3Error
-from deployments.api import content, images, job_events, service_info, videos
+from deployments.api import content, generations, service_info
 from deployments.api.auth import Caller
-from deployments.api.call import CALLER, logger
-from deployments.api.errors import error_response, is_explained
+from deployments.api.call import CALLER, answer_error, error_response
+from deployments.api.openapi import HEADERS
+from deployments.api.remote_url import DEFAULT_PORTS
 from deployments.api.service import Service
 from deployments.errors import ApiError
 
 _PORT = re.compile(r":[0-9]{1,5}$")
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
 _UNSAFE_METHODS = ("POST", "DELETE")
-_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _ALLOWED_HEADERS = (
     *("authorization", "content-type", "idempotency-key", "last-event-id", "x-request-id"),
     *("range", "if-range", "if-none-match"),
 )
-_EXPOSED_HEADERS = (
-    *("accept-ranges", "content-range", "etag", "openai-poll-after-ms", "retry-after", "x-request-id"),
-    *("x-frames-sha256", "x-inference-time-s", "x-mode", "x-model", "x-negative-prompt", "x-notes", "x-seed"),
-    *("x-stage-durations", "x-video-id", "x-warnings"),
-)
-_ROUTERS = tuple(module.router for module in (videos, content, job_events, images, service_info))
+_EXPOSED_HEADERS = ("accept-ranges", "x-request-id", *(name.lower() for name in HEADERS))
+_ROUTERS = tuple(module.router for module in (generations, content, service_info))
 
 
 def build_api(get_service: Callable[[], Service]) -> FastAPI:
@@ -117,9 +113,7 @@ class Guard:
         try:
             scope[CALLER] = Caller() if auth is None or is_open else await auth.find_caller(Headers(scope=scope))
         except Cosmos3Error as error:
-            if not is_explained(error):
-                logger.exception("a key could not be checked")
-            await error_response(error)(scope, receive, send)
+            await answer_error(error, "the check of a key")(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -145,5 +139,5 @@ def _is_foreign(headers: Headers) -> bool:
     if (origin := headers.get("origin")) is None:
         return False
     scheme, _, called = origin.lower().partition("://")
-    port = _DEFAULT_PORTS.get(scheme, "")
+    port = f":{DEFAULT_PORTS[scheme]}" if scheme in DEFAULT_PORTS else ""
     return not called or called.removesuffix(port) != headers.get("host", "").lower().removesuffix(port)

@@ -51,7 +51,7 @@ class Caller:
     classes: tuple[str, ...] | None = None
 
 
-def auth_required(configured: bool | None, host: str) -> bool:
+def requires_key(configured: bool | None, host: str) -> bool:
     """Return whether requests need a key: as ``auth.enabled`` says, else if other machines reach ``host``."""
     return not is_loopback(host) if configured is None else configured
 
@@ -82,12 +82,7 @@ class NoKeys(Cosmos3Error):
 
 
 def check_keys(keys: KeyStore, host: str) -> None:
-    """Check that an app has a valid key. ``host``, where it listens, is for the message.
-
-    Raises:
-        NoKeys: there is none, or all are revoked.
-        JobsError: the database cannot be used.
-    """
+    """Raise NoKeys if an app has no valid key. ``host``, where it listens, is for the message."""
     if all(key.revoked_s is not None for key in keys.list()):
         raise NoKeys(
             f"requests need an API key where http.host={host}, and there is none. Make one with `cosmos3 keys add "
@@ -107,13 +102,7 @@ class Authenticator:
         self._num_waiting = 0
 
     async def find_caller(self, headers: Headers) -> Caller:
-        """Return the sender of a request.
-
-        Raises:
-            ApiError: 401, there is no valid key in its headers.
-            OverloadedError: too many keys are looked up just now.
-            JobsError: the database cannot be used.
-        """
+        """Return the sender of a request; raise ApiError 401 without a valid key, OverloadedError if many are new."""
         given = headers.getlist("authorization")
         match = _BEARER.fullmatch(given[0]) if len(given) == 1 else None
         if match is None:

@@ -15,13 +15,14 @@ from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import GenerationRequest
 from deployments.api.body_reader import MAX_FIELDS
+from deployments.api.field_types import find_media
 from deployments.api.fields import Body, ImageBody, RequestBody, VideoBody, find_reason
-from deployments.api.media_fields import find_media
 from deployments.config import DEFAULT_CLASS
 from deployments.failures import unwrap_error
 from deployments.jobs.job import SubmitOptions
 
-_MAX_SHOWN_CHARS = 200
+# Of a name that is compared with known ones.
+_MAX_COMPARED_CHARS = 200
 # A value's own cost beside its characters.
 _CHARS_PER_VALUE = 8
 # Field of a request -> field of a body that it is computed from, or that it equals.
@@ -45,7 +46,7 @@ class BodyRules:
     def options(self, fields: RequestBody, warnings: tuple[str, ...]) -> SubmitOptions:
         """Return the options of a body, or raise RequestError where the rules do not allow a value."""
         if fields.model not in (None, self.model_name):
-            raise RequestError("model", start_of(fields.model), f"{self.model_name!r}, the one that is served")
+            raise RequestError("model", fields.model, f"{self.model_name!r}, the one that is served")
         if fields.guardrails and not self.has_guardrails:
             hint = "Nothing is looked at here: the operator has not configured any."
             raise CapabilityError("guardrails", True, "false or left out", hint)
@@ -108,29 +109,24 @@ class NamedFields(Generic[B]):
 
     Attributes:
         values: own name -> value, those in ``extra_params`` included, those that are null left out.
-        written: own name -> name in the body; where it has several, the own one.
+        names_in_body: own name -> name in the body; where it has several, the own one.
         warnings: one for each field that was accepted without effect.
     """
 
     model: type[B]
     values: dict[str, Any] = field(default_factory=dict)
-    written: dict[str, str] = field(default_factory=dict)
+    names_in_body: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], model: type[B]) -> NamedFields[B]:
-        """Resolve the names in a body, as :func:`body_reader.read_fields` returns it.
-
-        Raises:
-            RequestError: a field is unknown (names the nearest one) or given twice, or there are too many.
-            CapabilityError: a field asks for what is not offered.
-        """
+        """Resolve the names in a body; raise RequestError for one that is unknown, given twice or not offered."""
         named = cls(model)
         named._add(fields, "")
         if (extra := named.values.pop("extra_params", None)) is not None:
             extra = model.type_of("extra_params").check("extra_params", extra)
             if "extra_params" in extra:
-                raise RequestError("extra_params", start_of(extra), "a JSON object without extra_params in it")
+                raise RequestError("extra_params", extra, "a JSON object without extra_params in it")
             if len(extra) > MAX_FIELDS:
                 raise RequestError("extra_params", f"an object of {len(extra)} fields", f"at most {MAX_FIELDS} of them")
             named._add(extra, "extra_params.")
@@ -145,47 +141,49 @@ class NamedFields(Generic[B]):
             no_effect = None if is_known or not_offered else find_reason(self.model.no_effect, written)
             if not (is_known or not_offered or no_effect):
                 if self.model is ImageBody and written in ("width", "height"):
-                    raise RequestError(written, start_of(value), "left out: unknown field", "Give size, WIDTHxHEIGHT.")
-                raise unknown_name(written, value, self.model.model_fields, also=self.model.aliases())
+                    raise RequestError(written, value, "left out: unknown field", "Give size, WIDTHxHEIGHT.")
+                raise make_unknown_name_error(written, value, self.model.model_fields, also=self.model.aliases())
             if value is None:
                 continue
             if not_offered:
-                raise CapabilityError(written, start_of(value), "left out", f"Not offered: {not_offered}.")
+                raise CapabilityError(written, value, "left out", f"Not offered: {not_offered}.")
             if no_effect:
                 _check_small(written, value)
                 self.warnings.append(f"{prefix}{written} is without effect: {no_effect}")
                 continue
-            value = self.model.type_of(name).read(written, value)
+            value = self.model.type_of(name).normalize(written, value)
             if name in self.values and self.values[name] != value:
-                raise RequestError(written, start_of(value), f"equal to {name}, which is given as well")
+                raise RequestError(written, value, f"equal to {name}, which is given as well")
             self.values[name] = value
-            self.written[name] = written if self.written.get(name, written) == written else name
+            self.names_in_body[name] = written if self.names_in_body.get(name, written) == written else name
 
     def check(self) -> B:
         """Check each value by itself; raise RequestError for the first wrong one, under its name in the body."""
-        with Origins(self.written).restore_names():
+        with Origins(self.names_in_body).restore_names():
             try:
                 return self.model.model_validate(self.values)
             except ValidationError as error:
-                raise request_error(error.errors(include_url=False)[0]) from None
+                raise translate_fault(error.errors(include_url=False)[0]) from None
 
 
 def parse_body(named: NamedFields[R], rules: BodyRules) -> ParsedBody[R]:
     """Check the values of a body and make its requests; raise RequestError for a wrong or conflicting value."""
     fields = named.check()
-    with Origins(named.written).restore_names():
-        given = fields.given
-        media = {kind: name for kind, (name, _) in find_media(given).items()}
+    with Origins(named.names_in_body).restore_names():
+        given = fields.given_fields
+        media = find_media(given)
         computed = {name: of for name, of in _COMPUTED_FROM.items() if of in given and name not in given}
         equal = {name: of for name, of in _EQUAL_TO.items() if of in given}
         options = rules.options(fields, tuple(named.warnings))
-    names = named.written | {name: named.written[of] for name, of in (media | computed | equal).items()}
+    files = {kind: data for kind, (_, data) in media.items()}
+    sources = {kind: name for kind, (name, _) in media.items()} | computed | equal
+    names = named.names_in_body | {name: named.names_in_body[of] for name, of in sources.items()}
     origins = Origins(names, {name: named.values[of] for name, of in computed.items()})
     with origins.restore_names():
-        return ParsedBody(fields, fields.requests(), options, origins)
+        return ParsedBody(fields, fields.requests(files), options, origins)
 
 
-def request_error(fault: Mapping[str, Any]) -> RequestError:
+def translate_fault(fault: Mapping[str, Any]) -> RequestError:
     """Translate one of pydantic's errors."""
     name = str(fault["loc"][-1])
     reason = fault.get("ctx", {}).get("error")
@@ -193,22 +191,17 @@ def request_error(fault: Mapping[str, Any]) -> RequestError:
         return reason.of_parts(name, reason.given, reason.allowed, reason.hint)
     if fault["type"] == "missing":
         return RequestError(name, None, "given")
-    return RequestError(name, start_of(fault["input"]), fault["msg"].removeprefix("Input should be "))
+    return RequestError(name, fault["input"], fault["msg"].removeprefix("Input should be "))
 
 
-def start_of(value: Any) -> Any:
-    """Return a value for a message; a long text or file is cut off."""
-    return value[:_MAX_SHOWN_CHARS] if isinstance(value, str | bytes) else value
-
-
-def unknown_name(
+def make_unknown_name_error(
     name: str, value: Any, names: Iterable[str], what: str = "field", also: Iterable[str] = ()
 ) -> RequestError:
     """Return the error for an unknown name, with the known ones and the nearest of these and of ``also``."""
-    near = difflib.get_close_matches(name[:_MAX_SHOWN_CHARS], [*names, *also], n=1)
+    near = difflib.get_close_matches(name[:_MAX_COMPARED_CHARS], [*names, *also], n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     hint += f"{what.capitalize()}s are {', '.join(names)}." if names else f"There are no {what}s here."
-    return RequestError(name, start_of(value), f"left out: unknown {what}", hint)
+    return RequestError(name, value, f"left out: unknown {what}", hint)
 
 
 def _check_small(name: str, value: Any) -> None:
@@ -220,6 +213,6 @@ def _check_small(name: str, value: Any) -> None:
         it = to_count.pop()
         num_left -= _CHARS_PER_VALUE + (len(it) if isinstance(it, str | list | dict) else 0)
         if num_left < 0:
-            given = start_of(value) if isinstance(value, str) else f"a large {type(value).__name__}"
+            given = value if isinstance(value, str) else f"a large {type(value).__name__}"
             raise RequestError(name, given, f"at most {LIMITS.max_prompt_chars} characters", "It has no effect anyway.")
         to_count += [*it, *it.values()] if isinstance(it, dict) else it if isinstance(it, list) else []

@@ -16,6 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from cluster.errors import OverloadedError
+from deployments.api_model import JSON
 from deployments.errors import BodyError
 from deployments.threads import run_in_thread
 
@@ -25,7 +26,6 @@ MAX_FIELDS = 128
 MAX_URLENCODED_BYTES = 1 << 20
 """Most bytes of a URL-encoded form, which carries no files: two longest prompts of the longest characters."""
 
-JSON = "application/json"
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
 _MAX_FILES = 4
@@ -59,7 +59,7 @@ class MemoryBudget:
         self.max_bytes, self.taken_bytes = max_bytes, 0
 
     @contextmanager
-    def hold(self) -> Iterator[Reservation]:
+    def reserve(self) -> Iterator[Reservation]:
         """Reserve memory for a body as it grows; the end of the ``with`` block releases it."""
         reserved = Reservation(self)
         try:
@@ -84,13 +84,13 @@ class Reservation:
         """Grow the reservation to so many bytes; raise OverloadedError if there is no room."""
         if num_bytes > self.num_bytes:
             self.check(num_bytes - self.num_bytes)
-            self.need(num_bytes - self.num_bytes)
+            self.grow_past_bound_by(num_bytes - self.num_bytes)
 
     def shrink_to(self, num_bytes: int) -> None:
         """Release all but so many bytes."""
-        self.need(num_bytes - self.num_bytes)
+        self.grow_past_bound_by(num_bytes - self.num_bytes)
 
-    def need(self, num_bytes: int) -> None:
+    def grow_past_bound_by(self, num_bytes: int) -> None:
         """Reserve so many more bytes, even beyond the bound: the result of an accepted request is not refused.
 
         New bodies are refused until there is room again.

@@ -16,15 +16,16 @@ from typing import Annotated, BinaryIO
 
 from fastapi import Query
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from cosmos3_core.errors import MediaError
-from deployments.api.call import CurrentCall, VideoId, new_router
+from deployments.api.call import CurrentCall, VideoId, make_router
 from deployments.api.openapi import conditional_headers, content_answers, responses
 from deployments.errors import ApiError
 from deployments.media.layout import DONE, FAILED, MediaRecord
 from deployments.media.store import MediaStore
 from deployments.media.variants import CONTENT_VARIANTS, VIDEO
+from deployments.observability.metrics import SENT_BYTES, metrics
 from deployments.threads import run_in_thread
 
 _CONTENT = "/v1/videos/{video_id}/content"
@@ -45,7 +46,7 @@ _Variant = Annotated[
     ),
 ]
 
-router = new_router()
+router = make_router()
 
 
 @router.get(
@@ -56,9 +57,9 @@ async def get_video_content(video_id: VideoId, call: CurrentCall, variant: _Vari
     jobs, request = call.service.jobs, call.request
     content = await jobs.find_content(await jobs.get(video_id, call.caller.owner), variant)
     if isinstance(content, MediaRecord):
-        return await content_answer(jobs.media, content, request.method, request.headers)
+        return await answer_with_content(jobs.media, content, request.method, request.headers)
     etag = f'"{hashlib.sha256(content).hexdigest()}"'
-    if Conditions.of(request.method, request.headers).match(etag):
+    if Conditions.of(request.method, request.headers).is_known(etag):
         return Response(status_code=304, headers={"etag": etag})
     return Response(content, headers={"etag": etag}, media_type="application/json")
 
@@ -72,14 +73,6 @@ async def get_video_content(video_id: VideoId, call: CurrentCall, variant: _Vari
 async def head_video_content(video_id: VideoId, call: CurrentCall, variant: _Variant = VIDEO) -> Response:
     """Send the headers that the content of a job has."""
     return await get_video_content(video_id, call, variant)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes of a file, from ``start`` up to ``end``."""
-
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -108,12 +101,12 @@ class Conditions:
             first = last = ""  # invalid, and ignored as the RFC says
         return cls(method == "HEAD", known, headers.get("if-range"), first, last)
 
-    def match(self, etag: str) -> bool:
+    def is_known(self, etag: str) -> bool:
         """Return whether the client has this file."""
         return bool(self.known_etags & {etag, "*"})
 
-    def span(self, num_bytes: int, etag: str) -> Span | None:
-        """Return the span of a file to send, None for all of it; raise ApiError 416 if it is outside of the file."""
+    def span(self, num_bytes: int, etag: str) -> range | None:
+        """Return the range of a file to send, None for all of it; raise ApiError 416 if it is outside of the file."""
         if not (self.first or self.last) or self.if_range not in (None, etag):
             return None
         if self.first:
@@ -123,17 +116,17 @@ class Conditions:
         if start >= end:
             message = f"the range is outside of the {num_bytes} bytes that there are"
             raise ApiError(416, "range_not_satisfiable", message, {"content-range": f"bytes */{num_bytes}"})
-        return Span(start, end)
+        return range(start, end)
 
 
-async def content_answer(store: MediaStore, record: MediaRecord, method: str, headers: Mapping[str, str]) -> Response:
+async def answer_with_content(
+    store: MediaStore, record: MediaRecord, method: str, headers: Mapping[str, str]
+) -> Response:
     """Answer with a record's file, under the conditions of RFC 9110 and with its ranges, one at a time.
 
     A finished file is sent with its length. A growing one is sent without, part by part to its end; ``Range:
-    bytes=a-b`` gets what exists of that range, if anything does.
-
-    Raises:
-        ApiError: 416, the range is outside of the file; 409, the file grows where this process cannot read it.
+    bytes=a-b`` gets what exists of that range, if anything does. ApiError: 416, the range is outside of the file; 409,
+    the file grows where this process cannot read it.
     """
     answer = _answer_finished if record.state == DONE else _answer_live
     return await asyncio.to_thread(answer, store, record, Conditions.of(method, headers))
@@ -141,14 +134,14 @@ async def content_answer(store: MediaStore, record: MediaRecord, method: str, he
 
 def _answer_finished(store: MediaStore, record: MediaRecord, conditions: Conditions) -> Response:
     headers = {"accept-ranges": "bytes", "etag": record.etag}
-    if conditions.match(record.etag):
+    if conditions.is_known(record.etag):
         return Response(status_code=304, headers=headers)
     if span := conditions.span(record.num_bytes, record.etag):
         return _answer_part(read_finished(store, record, span), span, str(record.num_bytes), record, headers)
     headers["content-length"] = str(record.num_bytes)
     if conditions.is_head:
         return Response(headers=headers, media_type=record.media_type)
-    return PartsResponse(read_finished(store, record), headers, record.media_type)
+    return FileResponse(read_finished(store, record), headers, record.media_type)
 
 
 def _answer_live(store: MediaStore, record: MediaRecord, conditions: Conditions) -> Response:
@@ -164,7 +157,7 @@ def _answer_live(store: MediaStore, record: MediaRecord, conditions: Conditions)
         parts = _read_span(lambda: path.open("rb", buffering=0), span)
         return _answer_part(parts, span, "*", record, headers)
     # To HEAD, a plain answer without a body would declare a length of 0.
-    return PartsResponse(_no_parts() if conditions.is_head else read_live(store, record), headers, record.media_type)
+    return FileResponse(_no_parts() if conditions.is_head else read_live(store, record), headers, record.media_type)
 
 
 async def _no_parts() -> AsyncGenerator[bytes, None]:
@@ -173,11 +166,11 @@ async def _no_parts() -> AsyncGenerator[bytes, None]:
 
 
 def _answer_part(
-    parts: AsyncGenerator[bytes, None], span: Span, total: str, record: MediaRecord, headers: dict[str, str]
+    parts: AsyncGenerator[bytes, None], span: range, total: str, record: MediaRecord, headers: dict[str, str]
 ) -> Response:
-    content_range = f"bytes {span.start}-{span.end - 1}/{total}"
-    headers = {**headers, "content-range": content_range, "content-length": str(span.end - span.start)}
-    return PartsResponse(parts, headers, record.media_type, 206)
+    content_range = f"bytes {span.start}-{span.stop - 1}/{total}"
+    headers = {**headers, "content-range": content_range, "content-length": str(len(span))}
+    return FileResponse(parts, headers, record.media_type, 206)
 
 
 class PartsResponse(StreamingResponse):
@@ -206,26 +199,35 @@ class PartsResponse(StreamingResponse):
             await self._parts.aclose()
 
 
-def read_finished(store: MediaStore, record: MediaRecord, span: Span | None = None) -> AsyncGenerator[bytes, None]:
+class FileResponse(PartsResponse):
+    """A file, or a range of it, in parts; the metrics count what the server has sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def count(message: Message) -> None:
+            await send(message)
+            metrics().record(SENT_BYTES, len(message.get("body", b"")))
+
+        await super().__call__(scope, receive, count)
+
+
+def read_finished(store: MediaStore, record: MediaRecord, span: range | None = None) -> AsyncGenerator[bytes, None]:
     """Yield a finished file or a span of it, to its end even if the file is removed meanwhile.
 
-    Raises, while iterating:
-        MediaError: it is shorter than its record says.
-        OSError: it cannot be read.
+    While iterating, MediaError: the file is shorter than its record says.
     """
-    return _read_span(lambda: store.open(record), span or Span(0, record.num_bytes))
+    return _read_span(lambda: store.open(record), span or range(record.num_bytes))
 
 
-async def _read_span(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGenerator[bytes, None]:
+async def _read_span(open_file: Callable[[], BinaryIO], span: range) -> AsyncGenerator[bytes, None]:
     """Yield a span of a file, which is opened once, so that removing it does not cut off its readers."""
     start = span.start
     with contextlib.ExitStack() as stack:
         # A cancellation waits for the reading thread: its file must not be closed under it.
         file = await run_in_thread(lambda: stack.enter_context(open_file()))
-        while start < span.end:
-            part = await run_in_thread(_read_at, file, start, min(span.end - start, _PART_BYTES))
+        while start < span.stop:
+            part = await run_in_thread(_read_at, file, start, min(span.stop - start, _PART_BYTES))
             if not part:
-                raise MediaError(f"a file has {start} bytes; {span.end} are to be read")
+                raise MediaError(f"a file has {start} bytes; {span.stop} are to be read")
             start += len(part)
             yield part
 
@@ -233,11 +235,8 @@ async def _read_span(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGene
 async def read_live(store: MediaStore, record: MediaRecord) -> AsyncGenerator[bytes, None]:
     """Yield a growing file, each part as it appears, until the clip is done.
 
-    A file that grows in another node's directory is sent once it is finished.
-
-    Raises, while iterating:
-        MediaError: the clip failed, was removed, or has not grown for as long as the store keeps files.
-        OSError: it cannot be read.
+    A file that grows in another node's directory is sent once it is finished. While iterating, MediaError: the clip
+    failed, was removed, or has not grown for as long as the store keeps files.
     """
     num_bytes, grown_s = 0, time.monotonic()
     if not record.live_name:

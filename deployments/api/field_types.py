@@ -1,9 +1,13 @@
-"""Types of request fields: their JSON schema, how the text of a form is read, which values they take."""
+"""Types of request fields: their JSON schema, how the text of a form is read, which values they take.
+
+A field of an image or a clip holds the bytes of a file, however clients send them. No path is ever opened.
+"""
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,13 +16,22 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from cosmos3_core import checks
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.field_spec import FieldSpec, ValueKind
+from cosmos3_core.media.kinds import CLIP, CLIP_KINDS_TEXT, IMAGE_KINDS_TEXT, STILL, kind_of
 from cosmos3_core.presets import LIMITS
 from deployments.api.body_reader import FormText, read_json
 
 Schema = dict[str, Any]
 
+MEDIA = ("image", "video", "input_reference", "input_references", "image_reference", "video_reference")
+"""Fields that bring an image or a clip."""
+
+_BYTES_PER_BASE64_CHAR = 0.75
+_MAX_SCHEME_CHARS = 60
+_WITHOUT_SPACE = dict.fromkeys(map(ord, " \t\r\n\f\v"))
+_REMOTE = ("http://", "https://")
+_ALLOWED = "a file part of a multipart form, a data URL (data:image/png;base64,...), or base64"
 _MAX_SECONDS = 3600
 _SIZE = r"\d{1,6}x\d{1,6}"
 _NUMBER = r"\s*[-+.0-9eE]+\s*"
@@ -51,11 +64,11 @@ class FieldType:
     form_schema: Schema | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Validate by :meth:`read` and ``check``, not by the annotated Python type."""
+        """Validate by :meth:`normalize` and ``check``, not by the annotated Python type."""
 
         def validate(value: Any, info: core_schema.ValidationInfo) -> Any:
             field = info.field_name or ""
-            return self.check(field, self.read(field, value))
+            return self.check(field, self.normalize(field, value))
 
         return core_schema.with_info_plain_validator_function(validate)
 
@@ -63,12 +76,8 @@ class FieldType:
         """Return the schema; null is the same as an absent field."""
         return {"anyOf": [self.schema, {"type": "null"}], "description": self.about}
 
-    def read(self, field: str, given: Any) -> Any:
-        """Turn a form's text into the value that JSON has; return files, references and unreadable texts unchanged.
-
-        Raises:
-            RequestError: the field takes no file, or no text that long.
-        """
+    def normalize(self, field: str, given: Any) -> Any:
+        """Turn a form's text into the value that JSON has; return files, references and unreadable texts unchanged."""
         if self.takes_file:
             return given
         is_json = self.parse is read_json
@@ -133,7 +142,13 @@ def type_of_spec(spec: FieldSpec) -> FieldType:
             index: Schema = {"type": "integer", "minimum": spec.low}
             text = text_schema(rf"\s*\[?{_NUMBER}(,{_NUMBER})*\]?\s*")
             schema = any_of(index, {"type": "array", "items": index, "minItems": 1}, text)
-            return new(schema, check=_keep, parse=_parser_of_list(int), takes_text=True, takes_several=True)
+            return new(
+                schema,
+                check=lambda field, value: value,
+                parse=_parser_of_list(int),
+                takes_text=True,
+                takes_several=True,
+            )
         case ValueKind.NUMBERS:
             pair = {**_NUMBERS, "minItems": spec.num_items, "maxItems": spec.num_items}
             schema = any_of(pair, text_schema(rf"\s*\[?{_NUMBER},{_NUMBER}\]?\s*"))
@@ -192,6 +207,8 @@ def text_schema(pattern: str) -> Schema:
 
 
 _NUMBERS: Schema = {"type": "array", "items": {"type": "number"}}
+_URL: Schema = {"type": "string", "minLength": 1, "description": "a data URL, base64, or a URL where they are fetched"}
+_REFERENCE = any_of(_URL, {"type": "object", "minProperties": 1, "maxProperties": 1})
 
 
 def _parse_flag(text: str) -> bool:
@@ -205,10 +222,6 @@ def _parser_of_list(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [number(part) for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
 
 
-def _keep(field: str, value: Any) -> Any:
-    return value
-
-
 def _rows(field: str, value: Any) -> Any:
     return value["data"] if isinstance(value, dict) and "data" in value else value  # as answers hold actions
 
@@ -217,3 +230,118 @@ def _check_object(field: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(field, value, "a JSON object")
     return value
+
+
+def file_type(about: str, *, takes_several: bool = False) -> FieldType:
+    """Return the type of an image or a clip; in multipart forms the file itself."""
+    references: Schema = {"type": "array", "items": _REFERENCE, "minItems": 1, "maxItems": 1}
+    return FieldType(
+        "file",
+        about,
+        any_of(_REFERENCE, references),
+        check=decode_file,
+        takes_several=takes_several,
+        takes_file=True,
+        form_schema={"type": "string", "format": "binary"},
+    )
+
+
+def find_urls(values: dict[str, Any]) -> dict[str, str]:
+    """Return the fields that hold a URL of another server, with the URL."""
+    references = {name: values[name] for name in MEDIA if name in values and _file_part(values[name]) is None}
+    texts = {name: _text_of(name, value) for name, value in references.items()}
+    longest = max(map(len, _REMOTE))
+    return {name: str(text) for name, text in texts.items() if text[:longest].lower().startswith(_REMOTE)}
+
+
+def _file_part(value: Any) -> bytes | None:
+    """Return the file of a form's part, alone or in a list of one; None for another value."""
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return value if isinstance(value, bytes) else None
+
+
+def find_media(values: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
+    """Return kind -> (field, file) of image and clip; raise RequestError for two of a kind, or any other file."""
+    found: dict[str, tuple[str, bytes]] = {}
+    for name in MEDIA:
+        if name not in values:
+            continue
+        data = values[name]
+        kind = _detect_kind(name, data) if name.startswith("input") else name.removesuffix("_reference")
+        if kind in found:
+            raise RequestError(name, "given", f"nothing beside {found[kind][0]}", f"A request has one {kind} at most.")
+        found[kind] = name, data
+    return found
+
+
+def decode_file(field: str, value: Any) -> bytes:
+    """Return the file that a field holds: a file part, a text, an object of one URL, or a list of one of these."""
+    data = _file_part(value)
+    if data is None:
+        text = _text_of(field, value)
+        refuse_too_large(field, int(len(text) * _BYTES_PER_BASE64_CHAR))
+        data = _decode(field, text)
+    if not data:
+        raise RequestError(field, "an empty file", _ALLOWED)
+    refuse_too_large(field, len(data))
+    return data
+
+
+def _detect_kind(field: str, data: bytes) -> str:
+    kind = kind_of(data)
+    if kind.category not in (STILL, CLIP):
+        raise RequestError(field, f"a file of kind {kind.name}", f"{IMAGE_KINDS_TEXT}, or {CLIP_KINDS_TEXT}")
+    return "image" if kind.category == STILL else "video"
+
+
+def _text_of(field: str, value: Any) -> str:
+    """Return the URL or base64 in a reference."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = read_json(value)
+        except ValueError:
+            raise _unreadable(field, value) from None
+    if isinstance(value, list):
+        if len(value) > 1 and field == "input_references":
+            raise CapabilityError(field, f"a list of {len(value)}", "a list of one", "Not offered: several references.")
+        if len(value) != 1:
+            raise RequestError(field, f"a list of {len(value)}", "one reference, or a list of one")
+        (value,) = value
+    if isinstance(value, dict):
+        kind = field.removesuffix("s").removesuffix("_reference")
+        keys = ("image_url", "video_url") if kind == "input" else (f"{kind}_url",)
+        allowed = f"an object of {' or '.join(keys)}"
+        if "file_id" in value:
+            raise RequestError(field, value, allowed, "No files can be uploaded here: send it.")
+        if len(value) != 1 or next(iter(value)) not in keys:
+            raise RequestError(field, sorted(value), f"{allowed} and nothing else")
+        (value,) = value.values()
+        if isinstance(value, dict) and list(value) == ["url"]:  # as chat completions have it
+            value = value["url"]
+    if not isinstance(value, str):
+        raise RequestError(field, type(value).__name__, _ALLOWED)
+    return value
+
+
+def _decode(field: str, text: str) -> bytes:
+    head, comma, encoded = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
+    if head and not (comma and head.lower().endswith(";base64")):
+        raise RequestError(field, text, "a data URL with base64: data:image/png;base64,...")
+    if "://" in text[:_MAX_SCHEME_CHARS] and not head:
+        raise RequestError(field, text, _ALLOWED, "URLs are not fetched: send the file itself.")
+    try:
+        return base64.b64decode(encoded.translate(_WITHOUT_SPACE), validate=True)
+    except ValueError:
+        raise _unreadable(field, text) from None
+
+
+def _unreadable(field: str, text: str) -> RequestError:
+    return RequestError(field, text, _ALLOWED, "This is neither; is it cut off?")
+
+
+def refuse_too_large(field: str, num_bytes: int) -> None:
+    """Raise RequestError for a file of more bytes than any may have."""
+    if num_bytes > LIMITS.max_media_bytes:
+        given, allowed = f"a file of {num_bytes} bytes", f"at most {LIMITS.max_media_bytes} bytes"
+        raise RequestError(field, given, allowed, "Send a smaller file.")

@@ -25,6 +25,7 @@ from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import FIELDS, GenerationRequest
 from deployments.api.field_types import (
     FieldType,
+    file_type,
     flag_type,
     integer_type,
     object_type,
@@ -34,7 +35,6 @@ from deployments.api.field_types import (
     text_type,
     type_of_spec,
 )
-from deployments.api.media_fields import file_type, find_media
 from deployments.jobs.video import HIGH, LOSSLESS
 
 B64_JSON, FILE_ITSELF = "b64_json", "file"
@@ -42,7 +42,7 @@ B64_JSON, FILE_ITSELF = "b64_json", "file"
 
 _MAX_IMAGES = 10
 _DEFAULT_FPS = 24.0
-_OWN = {it.name for it in dataclasses.fields(GenerationRequest)} - {"image", "video", "width", "height"}
+_SHARED = {it.name for it in dataclasses.fields(GenerationRequest)} - {"image", "video", "width", "height"}
 
 
 class Endpoint(StrEnum):
@@ -53,7 +53,7 @@ class Endpoint(StrEnum):
     IMAGES = "/v1/images/generations"
 
 
-def like_request(name: str) -> FieldType:
+def request_field(name: str) -> FieldType:
     """Return the type of a field of :class:`GenerationRequest`, with its bounds and description."""
     return type_of_spec(FIELDS[name])
 
@@ -63,12 +63,12 @@ def also(*aliases: str) -> Any:
     return Field(None, validation_alias=AliasChoices(*aliases))
 
 
-def _by_name(reasons: Mapping[str, str]) -> dict[str, str]:
+def _invert(reasons: Mapping[str, str]) -> dict[str, str]:
     """Invert reason -> names to name -> reason."""
     return {name: reason for reason, names in reasons.items() for name in names.split()}
 
 
-_NO_EFFECT = _by_name(
+_NO_EFFECT = _invert(
     {
         "the caller's own note": "user",
         "prompts are not cut off; one that is too long is refused": "max_sequence_length",
@@ -82,7 +82,7 @@ _NO_EFFECT = _by_name(
         "a field of other models": "true_cfg_scale guidance_scale_2 boundary_ratio",
     }
 )
-_NO_EFFECT_ON_CLIPS = _by_name(
+_NO_EFFECT_ON_CLIPS = _invert(
     {
         "give size": "aspect_ratio short_edge",
         "sound is as long as the pictures": "sound_duration audio_duration",
@@ -90,9 +90,9 @@ _NO_EFFECT_ON_CLIPS = _by_name(
         "give crf, or lossless": "video_codec_options",
     }
 )
-_NO_EFFECT_ON_IMAGES = _by_name({"a field of other models": "layers bot_task system_prompt"})
-_NOT_OFFERED = _by_name({"low-rank adapters": "lora"})
-_NOT_OFFERED_FOR_CLIPS = _by_name(
+_NO_EFFECT_ON_IMAGES = _invert({"a field of other models": "layers bot_task system_prompt"})
+_NOT_OFFERED = _invert({"low-rank adapters": "lora"})
+_NOT_OFFERED_FOR_CLIPS = _invert(
     {
         "transfer from edges, depth and other controls": """
             control_reference control_type edge blur depth seg wsm control control_path control_weight
@@ -141,7 +141,7 @@ class Body(BaseModel):
         return cast(FieldType, found)
 
     @property
-    def given(self) -> dict[str, Any]:
+    def given_fields(self) -> dict[str, Any]:
         """Return the fields that the body gives, by their own names."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
@@ -158,17 +158,17 @@ class RequestBody(Body):
     no_effect = _NO_EFFECT
     not_offered = _NOT_OFFERED
 
-    prompt: Annotated[str | None, like_request("prompt")] = None
-    negative_prompt: Annotated[str | None, like_request("negative_prompt")] = None
-    num_inference_steps: Annotated[int | None, like_request("num_inference_steps")] = None
-    guidance_scale: Annotated[float | None, like_request("guidance_scale")] = None
-    guidance_interval: Annotated[list[float] | None, like_request("guidance_interval")] = None
-    flow_shift: Annotated[float | None, like_request("flow_shift")] = None
-    schedule: Annotated[str | None, like_request("schedule")] = None
-    seed: Annotated[int | None, like_request("seed")] = None
-    use_system_prompt: Annotated[bool | None, like_request("use_system_prompt")] = None
-    negative_metadata: Annotated[str | None, like_request("negative_metadata")] = also("negative_metadata_mode")
-    compat: Annotated[str | None, like_request("compat")] = None
+    prompt: Annotated[str | None, request_field("prompt")] = None
+    negative_prompt: Annotated[str | None, request_field("negative_prompt")] = None
+    num_inference_steps: Annotated[int | None, request_field("num_inference_steps")] = None
+    guidance_scale: Annotated[float | None, request_field("guidance_scale")] = None
+    guidance_interval: Annotated[list[float] | None, request_field("guidance_interval")] = None
+    flow_shift: Annotated[float | None, request_field("flow_shift")] = None
+    schedule: Annotated[str | None, request_field("schedule")] = None
+    seed: Annotated[int | None, request_field("seed")] = None
+    use_system_prompt: Annotated[bool | None, request_field("use_system_prompt")] = None
+    negative_metadata: Annotated[str | None, request_field("negative_metadata")] = also("negative_metadata_mode")
+    compat: Annotated[str | None, request_field("compat")] = None
     model: Annotated[str | None, text_type("the served model's name, if given")] = None
     service_class: Annotated[str | None, text_type("class of the queue that the request waits in")] = also("priority")
     guardrails: Annotated[bool | None, flag_type("false: without them, where the operator allows it")] = None
@@ -177,12 +177,12 @@ class RequestBody(Body):
     ] = None
 
     @abstractmethod
-    def requests(self) -> tuple[GenerationRequest, ...]:
-        """Return what the body asks for, in order; raise RequestError for fields that exclude each other."""
+    def requests(self, media: dict[str, bytes]) -> tuple[GenerationRequest, ...]:
+        """Return what the body asks for, in order, with its files; raise RequestError for fields that conflict."""
 
-    def _own(self) -> dict[str, Any]:
+    def _select_shared(self) -> dict[str, Any]:
         """Return the fields that a request has under the same name."""
-        return {name: value for name, value in self.given.items() if name in _OWN}
+        return {name: value for name, value in self.given_fields.items() if name in _SHARED}
 
 
 class _ClipBody(RequestBody):
@@ -201,40 +201,39 @@ class _ClipBody(RequestBody):
     ] = None
     image_reference: Annotated[bytes | None, file_type('{"image_url": "data:..."}')] = None
     video_reference: Annotated[bytes | None, file_type('{"video_url": "data:..."}')] = None
-    mode: Annotated[str | None, like_request("mode")] = also("action_mode")
-    generate_sound: Annotated[bool | None, like_request("generate_sound")] = also("sound_gen")
+    mode: Annotated[str | None, request_field("mode")] = also("action_mode")
+    generate_sound: Annotated[bool | None, request_field("generate_sound")] = also("sound_gen")
     size: Annotated[str | None, size_type("WIDTHxHEIGHT in pixels, multiples of 16")] = None
-    height: Annotated[int | None, like_request("height")] = None
-    width: Annotated[int | None, like_request("width")] = None
+    height: Annotated[int | None, request_field("height")] = None
+    width: Annotated[int | None, request_field("width")] = None
     seconds: Annotated[float | None, seconds_type("length; num_frames wins over it")] = None
-    num_frames: Annotated[int | None, like_request("num_frames")] = None
-    fps: Annotated[float | None, like_request("fps")] = also("action_fps")
+    num_frames: Annotated[int | None, request_field("num_frames")] = None
+    fps: Annotated[float | None, request_field("fps")] = also("action_fps")
     condition_frame_indexes_vision: Annotated[
-        list[int] | int | None, like_request("condition_frame_indexes_vision")
+        list[int] | int | None, request_field("condition_frame_indexes_vision")
     ] = None
-    condition_video_keep: Annotated[str | None, like_request("condition_video_keep")] = None
-    actions: Annotated[Any, like_request("actions")] = also("action")
-    action_chunk_size: Annotated[int | None, like_request("action_chunk_size")] = None
-    domain_name: Annotated[str | None, like_request("domain_name")] = None
-    domain_id: Annotated[int | None, like_request("domain_id")] = None
-    raw_action_dim: Annotated[int | None, like_request("raw_action_dim")] = None
-    resolution_tier: Annotated[int | None, like_request("resolution_tier")] = also("resolution", "image_size")
-    view_point: Annotated[str | None, like_request("view_point")] = None
-    output: Annotated[str | None, like_request("output")] = None
-    output_quality: Annotated[int | None, like_request("output_quality")] = None
-    crf: Annotated[float | None, like_request("crf")] = None
-    lossless: Annotated[bool | None, like_request("lossless")] = None
+    condition_video_keep: Annotated[str | None, request_field("condition_video_keep")] = None
+    actions: Annotated[Any, request_field("actions")] = also("action")
+    action_chunk_size: Annotated[int | None, request_field("action_chunk_size")] = None
+    domain_name: Annotated[str | None, request_field("domain_name")] = None
+    domain_id: Annotated[int | None, request_field("domain_id")] = None
+    raw_action_dim: Annotated[int | None, request_field("raw_action_dim")] = None
+    resolution_tier: Annotated[int | None, request_field("resolution_tier")] = also("resolution", "image_size")
+    view_point: Annotated[str | None, request_field("view_point")] = None
+    output: Annotated[str | None, request_field("output")] = None
+    output_quality: Annotated[int | None, request_field("output_quality")] = None
+    crf: Annotated[float | None, request_field("crf")] = None
+    lossless: Annotated[bool | None, request_field("lossless")] = None
     quality: Annotated[str | None, text_type("lossless: as lossless=true; high: the default", HIGH, LOSSLESS)] = None
 
-    def requests(self) -> tuple[GenerationRequest, ...]:
+    def requests(self, media: dict[str, bytes]) -> tuple[GenerationRequest, ...]:
         """Return the one request of the body."""
         width, height = parse_size(self.size) or (self.width, self.height)
         if self.size is not None and (self.width, self.height) not in ((None, None), (width, height)):
             allowed = f"the same as width={self.width} and height={self.height}, or left out"
             raise RequestError("size", self.size, allowed)
         computed = {"width": width, "height": height, "num_frames": self._num_frames(), "lossless": self._is_lossless()}
-        media = {kind: data for kind, (_, data) in find_media(self.given).items()}
-        return (GenerationRequest(**self._own() | computed | media),)
+        return (GenerationRequest(**self._select_shared() | computed | media),)
 
     def _num_frames(self) -> int | None:
         if self.num_frames is not None or self.seconds is None:
@@ -272,9 +271,9 @@ class SyncBody(_ClipBody):
         bool, flag_type("send the mp4 while it is made: fragmented, without the headers that say what it became")
     ] = False
 
-    def requests(self) -> tuple[GenerationRequest, ...]:
+    def requests(self, media: dict[str, bytes]) -> tuple[GenerationRequest, ...]:
         """Return the one request of the body; with ``stream``, it must make an mp4."""
-        (request,) = super().requests()
+        (request,) = super().requests(media)
         if self.stream:
             is_clip = request.output in (None, "mp4") and request.num_frames != 1 and request.mode != TEXT_TO_IMAGE
             if not is_clip or (request.mode is not None and MODES[request.mode].actions is ActionRole.GENERATED):
@@ -305,9 +304,9 @@ class ImageBody(RequestBody):
     )
     response_format: Annotated[str, _RESPONSE_FORMAT] = B64_JSON
     output_format: Annotated[str, text_type("kind of the images' files", *IMAGE_KINDS)] = IMAGE_KINDS[0]
-    output_compression: Annotated[int | None, like_request("output_quality")] = None
+    output_compression: Annotated[int | None, request_field("output_quality")] = None
 
-    def requests(self) -> tuple[GenerationRequest, ...]:
+    def requests(self, media: dict[str, bytes]) -> tuple[GenerationRequest, ...]:
         """Return one request per image, with consecutive seeds."""
         first_seed = GenerationRequest.seed if self.seed is None else self.seed
         checks.integer("seed", first_seed, 0, FIELDS["seed"].bounds[1] - self.n + 1)
@@ -317,7 +316,7 @@ class ImageBody(RequestBody):
             )
         width, height = parse_size(self.size) or (None, None)
         request = GenerationRequest(
-            **self._own(),
+            **self._select_shared(),
             mode=TEXT_TO_IMAGE,
             width=width,
             height=height,

@@ -37,7 +37,7 @@ class Ingress:
         # For the API's blocking calls; asyncio's default depends on the number of cores.
         executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ingress")
         asyncio.get_running_loop().set_default_executor(executor)
-        host, _ = await asyncio.to_thread(http_in_force)
+        host, _ = await asyncio.to_thread(find_serve_address)
         readiness = Readiness(serve.get_replica_context().app_name)
         self.service = await asyncio.to_thread(Service.open, config, director, readiness.find_missing_stages, host)
 
@@ -70,13 +70,8 @@ class Readiness:
         return sorted(name for name, it in self._deployments.items() if it.replica_states.get("RUNNING", 0) < 1)
 
 
-def http_in_force() -> tuple[str, int]:
-    """Return the host and port that this cluster's Serve listens at; they cannot be changed while it runs.
-
-    Raises:
-        ValueError: no Serve runs.
-        RayError: it does not answer.
-    """
+def find_serve_address() -> tuple[str, int]:
+    """Return the host and port that this cluster's Serve listens at; they cannot be changed while it runs."""
     controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     options = ray.get(controller.get_http_config.remote(), timeout=_ADDRESS_S)
     return str(options.host), int(options.port)

@@ -8,11 +8,12 @@ from fastapi import FastAPI
 
 from cosmos3_core.media.file_kinds import SUFFIXES
 from cosmos3_core.presets import LIMITS
-from deployments.api.body_reader import JSON, MAX_FIELDS, MAX_URLENCODED_BYTES, MULTIPART, URLENCODED
-from deployments.api.errors import Error
+from deployments.api.body_reader import MAX_FIELDS, MAX_URLENCODED_BYTES, MULTIPART, URLENCODED
+from deployments.api.call import Error
 from deployments.api.field_types import Schema
 from deployments.api.fields import BODIES, Body, ImageBody, RemixBody, SyncBody, VideoBody, name_pattern
 from deployments.api.service import Service
+from deployments.api_model import JSON
 from deployments.jobs.video import Actions
 
 Document = dict[str, Any]
@@ -35,14 +36,8 @@ _ERRORS = {
     503: "not ready, being stopped, or a part of it has failed",
     504: "not done in the time that it may take",
 }
-_ERROR_HEADERS = {
-    401: ["WWW-Authenticate"],
-    409: ["Retry-After"],
-    416: ["Content-Range"],
-    429: ["Retry-After"],
-    503: ["Retry-After"],
-}
-_HEADERS = {
+_ERROR_HEADERS = {401: "WWW-Authenticate", 416: "Content-Range", **dict.fromkeys((409, 429, 503), "Retry-After")}
+HEADERS = {
     "WWW-Authenticate": "Bearer",
     "ETag": "of these bytes",
     "Content-Range": "which bytes these are",
@@ -59,6 +54,8 @@ _HEADERS = {
     "X-Notes": "what was changed on the way, as a JSON list",
     "X-Warnings": "fields that were accepted without effect, as a JSON list",
 }
+"""Name -> description, of answers' headers."""
+
 _INTEGER_HEADERS = ("Retry-After", "openai-poll-after-ms")
 _STATUSES = (401, 403, 422, 429, 503)
 _STATUSES_OF_BODIES = (*_STATUSES, 400, 408, 409, 413, 415, 504)
@@ -82,7 +79,7 @@ def header_docs(*names: str) -> Document:
     """Return the description of an answer's headers."""
     integer = {"type": "integer", "minimum": 0}
     return {
-        name: {"description": _HEADERS[name], "schema": integer if name in _INTEGER_HEADERS else {"type": "string"}}
+        name: {"description": HEADERS[name], "schema": integer if name in _INTEGER_HEADERS else {"type": "string"}}
         for name in names
     }
 
@@ -97,7 +94,7 @@ def responses(own: Responses, *errors: int, has_body: bool = False, is_open: boo
         status: {
             "model": Error,
             "description": _ERRORS[status],
-            "headers": header_docs(*_ERROR_HEADERS.get(status, [])),
+            "headers": header_docs(*filter(None, [_ERROR_HEADERS.get(status)])),
         }
         for status in sorted({*general, *errors} - set(own))
     }
@@ -111,8 +108,8 @@ ACCEPTED: Responses = {200: {**POLLED[200], "links": _LINKS}}
 """The answer with a new job."""
 
 
-def takes(model: type[Body]) -> Document:
-    """Return the description of an operation's body, for ``openapi_extra``; :func:`document` adds the schemas."""
+def describe_body(model: type[Body]) -> Document:
+    """Return the description of an operation's body, for ``openapi_extra``; :func:`make_document` adds the schemas."""
     schemas = {JSON: model.__name__, MULTIPART: f"{model.__name__}Form", URLENCODED: f"{model.__name__}Form"}
     about = f"At most {MAX_FIELDS} fields. A URL-encoded form has no files and at most {MAX_URLENCODED_BYTES} bytes."
     content = {kind: {"schema": _ref(name), "example": _EXAMPLES[model]} for kind, name in schemas.items()}
@@ -133,7 +130,7 @@ def conditional_headers() -> Document:
 
 def describe_files(model: type[Any], *others: str) -> Document:
     """Return the answer with a generated file, or with the JSON of a model; ``others`` are further media types."""
-    headers = header_docs(*(name for name in _HEADERS if name.startswith("X-")))
+    headers = header_docs(*(name for name in HEADERS if name.startswith("X-")))
     content = _FILES | dict.fromkeys(others, _FILE)
     return {"model": model, "description": "what was made", "headers": headers, "content": content}
 
@@ -149,7 +146,7 @@ def content_answers(*, has_body: bool) -> Responses:
     return {200: {**whole, "content": content, "model": Actions}, 206: part, 304: known}
 
 
-def document(app: FastAPI, service: Service, root_path: str = "") -> Document:
+def make_document(app: FastAPI, service: Service, root_path: str = "") -> Document:
     """Return a service's document, below ``root_path``. The app caches it: it takes a good part of a second."""
     if app.state.document is None:
         made = app.openapi()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urljoin
 
 import httpcore2
@@ -21,9 +22,12 @@ import httpcore2
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
-from deployments.api.remote_url import HostRule, IPAddress, RemoteUrl, UnfitUrl, is_public, redact_url
+from deployments.api.body_reader import Reservation
+from deployments.api.field_types import find_urls, refuse_too_large
+from deployments.api.remote_url import HostRule, IPAddress, RemoteUrl, UrlRefused, is_public, redact_url
 from deployments.config import RemoteMediaConfig
 from deployments.errors import ApiError
+from deployments.threads import run_in_thread
 
 # Each has a file in memory.
 _MAX_FETCHES = 4
@@ -33,10 +37,30 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _RETRY_S = 5.0
 _MAX_SHOWN_HOSTS = 10
 _MAX_SHOWN_CHARS = 200
-_FILE_ITSELF = "a file part of a multipart form, a data URL (data:image/png;base64,...), or base64"
 
 
-def system_addresses(host: str, port: int) -> Sequence[str]:
+FetchFile = Callable[[str, str], Awaitable[bytes]]
+"""URL, the field that has it -> the file, as :meth:`RemoteMediaFetcher.fetch` fetches it."""
+
+
+async def fetch_remote(values: dict[str, Any], fetch: FetchFile, reserved: Reservation) -> dict[str, Any]:
+    """Return a body's fields with fetched files in place of URLs; the body's memory grows by the files.
+
+    While a file is on its way, room for the largest allowed one is reserved. Raises OverloadedError without room, and
+    as :meth:`RemoteMediaFetcher.fetch`.
+    """
+    fetched = dict(values)
+    for name, url in (await run_in_thread(find_urls, values)).items():
+        num_bytes = reserved.num_bytes
+        reserved.grow_to(num_bytes + LIMITS.max_media_bytes)
+        data = await fetch(url, name)
+        refuse_too_large(name, len(data))
+        reserved.shrink_to(num_bytes + len(data))
+        fetched[name] = data
+    return fetched
+
+
+def resolve_with_system(host: str, port: int) -> Sequence[str]:
     """Return the addresses that the system's resolver has for a name; block, and raise OSError if there are none."""
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
@@ -51,7 +75,7 @@ class RemoteMediaFetcher:
         self,
         config: RemoteMediaConfig,
         *,
-        resolve: Callable[[str, int], Sequence[str]] = system_addresses,
+        resolve: Callable[[str, int], Sequence[str]] = resolve_with_system,
         is_allowed_address: Callable[[IPAddress], bool] = is_public,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -72,15 +96,13 @@ class RemoteMediaFetcher:
             ApiError: the server cannot be reached, fails, or is too slow; 422, as the client chose it.
             OverloadedError: too many files are being fetched.
         """
-        if not self._config.enabled:
-            raise RequestError(field, redact_url(url), _FILE_ITSELF, "URLs are not fetched: send the file itself.")
         limit = asyncio.timeout(self._config.timeout_s)
         has_place = False
         try:
             async with limit, self._places:
                 has_place = True
                 return await self._follow(url)
-        except UnfitUrl as error:
+        except UrlRefused as error:
             raise RequestError(field, redact_url(url), error.allowed or self._allowed, str(error)) from None
         except (_RemoteFault, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
             code, fault, shown = "remote_unavailable", f": {_describe(error)}", redact_url(url)[:_MAX_SHOWN_CHARS]
@@ -101,21 +123,21 @@ class RemoteMediaFetcher:
 
     async def _follow(self, url: str) -> bytes:
         """Fetch the file at a URL, or where its server redirects to."""
-        here = self._check(url)
+        here = self._check_url(url)
         for _ in range(self._config.max_redirects + 1):
             async with self._get(here, await self._find_addresses(here)) as answer:
                 if answer.status not in _REDIRECTS:
                     return await self._read_body(answer)
                 locations = _header_values(answer, b"location")
             here = self._redirect(here, locations)
-        raise UnfitUrl(f"It redirects more than {self._config.max_redirects} times.")
+        raise UrlRefused(f"It redirects more than {self._config.max_redirects} times.")
 
-    def _check(self, url: str) -> RemoteUrl:
+    def _check_url(self, url: str) -> RemoteUrl:
         parsed = RemoteUrl.parse(url)
         if parsed.scheme not in self._config.schemes:
-            raise UnfitUrl(f"{parsed.scheme} is not allowed.")
+            raise UrlRefused(f"{parsed.scheme} is not allowed.")
         if not any(rule.covers(parsed) for rule in self._rules):
-            raise UnfitUrl("Its host, or its port, is not among those that are allowed.")
+            raise UrlRefused("Its host, or its port, is not among those that are allowed.")
         return parsed
 
     def _redirect(self, here: RemoteUrl, locations: Sequence[bytes]) -> RemoteUrl:
@@ -125,20 +147,20 @@ class RemoteMediaFetcher:
         try:
             location = locations[0].decode()
         except UnicodeDecodeError:
-            raise UnfitUrl("It redirects to what is no URL.") from None
+            raise UrlRefused("It redirects to what is no URL.") from None
         try:
-            there = self._check(urljoin(f"{here.scheme}://{here.host_header}{here.target}", location))
-        except (UnfitUrl, ValueError):
-            raise UnfitUrl("It redirects to a URL that is not allowed.") from None
+            there = self._check_url(urljoin(f"{here.scheme}://{here.host_header}{here.target}", location))
+        except (UrlRefused, ValueError):
+            raise UrlRefused("It redirects to a URL that is not allowed.") from None
         if (here.scheme, there.scheme) == ("https", "http"):
-            raise UnfitUrl("It redirects from https to http.")
+            raise UrlRefused("It redirects from https to http.")
         return there
 
     async def _find_addresses(self, url: RemoteUrl) -> list[IPAddress]:
         """Return the addresses to connect to, all of them allowed."""
         addresses = [url.address] if url.address is not None else await self._look_up(url)
         if not all(self._is_allowed_address(address) for address in addresses):
-            raise UnfitUrl("Its host is not of the public internet.")
+            raise UrlRefused("Its host is not of the public internet.")
         return addresses
 
     async def _look_up(self, url: RemoteUrl) -> list[IPAddress]:
@@ -162,7 +184,7 @@ class RemoteMediaFetcher:
             ("Accept-Encoding", "identity"),
             ("Connection", "close"),
         ]
-        backend = _Pinned(addresses)
+        backend = _PinnedBackend(addresses)
         async with (
             httpcore2.AsyncConnectionPool(
                 ssl_context=self._tls, max_connections=1, network_backend=backend
@@ -186,14 +208,14 @@ class RemoteMediaFetcher:
 
     def _refuse_too_large(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
-            raise UnfitUrl("Name a smaller file.", f"a file of at most {self._max_bytes} bytes")
+            raise UrlRefused("Name a smaller file.", f"a file of at most {self._max_bytes} bytes")
 
 
 class _RemoteFault(Exception):
     """A fault of the other server; the message has no addresses."""
 
 
-class _Pinned(httpcore2.AsyncNetworkBackend):
+class _PinnedBackend(httpcore2.AsyncNetworkBackend):
     """Network backend that connects to checked addresses, not to the host; TLS still verifies the host."""
 
     def __init__(self, addresses: Sequence[IPAddress]) -> None:

@@ -17,7 +17,9 @@ from deployments.config import ConfigError
 
 IPAddress = IPv4Address | IPv6Address
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443}
+"""Scheme -> port."""
+
 _MAX_CHARS = 4096
 _MAX_HOST_CHARS = 253
 _LABEL = "[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -63,7 +65,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 _V4_MASK = 0xFFFFFFFF
 
 
-class UnfitUrl(Exception):
+class UrlRefused(Exception):
     """A URL that is not fetched. ``reason`` reveals nothing of any network; ``allowed`` "" means the listed hosts."""
 
     def __init__(self, reason: str, allowed: str = "") -> None:
@@ -89,28 +91,28 @@ class RemoteUrl:
 
     @classmethod
     def parse(cls, text: str) -> RemoteUrl:
-        """Parse a URL; raise UnfitUrl if it is none, has a user name, or is read differently by different readers."""
+        """Parse a URL; raise UrlRefused if it is none, has a user name, or is read differently by different readers."""
         if len(text) > _MAX_CHARS:
-            raise UnfitUrl(f"It is longer than {_MAX_CHARS} characters.")
+            raise UrlRefused(f"It is longer than {_MAX_CHARS} characters.")
         # Before any parsing: urlsplit silently drops some of these.
         if "\\" in text or any(char.isspace() or not char.isprintable() for char in text):
-            raise UnfitUrl("It has spaces, line ends, control characters or backslashes in it.")
+            raise UrlRefused("It has spaces, line ends, control characters or backslashes in it.")
         try:
             split = urlsplit(text)
             port = split.port
         except ValueError:
-            raise UnfitUrl("It is no URL.") from None
-        if split.scheme not in _DEFAULT_PORTS or not split.netloc:
-            raise UnfitUrl("It is no URL of http or https.")
+            raise UrlRefused("It is no URL.") from None
+        if split.scheme not in DEFAULT_PORTS or not split.netloc:
+            raise UrlRefused("It is no URL of http or https.")
         if "@" in split.netloc:
-            raise UnfitUrl("A URL with a user name or password is not fetched.")
+            raise UrlRefused("A URL with a user name or password is not fetched.")
         host, address = _parse_host(split.hostname or "")
         target = quote(f"{split.path or '/'}{'?' if split.query else ''}{split.query}", safe=_UNQUOTED)
-        return cls(split.scheme, host, _DEFAULT_PORTS[split.scheme] if port is None else port, target, address)
+        return cls(split.scheme, host, DEFAULT_PORTS[split.scheme] if port is None else port, target, address)
 
     @property
     def has_default_port(self) -> bool:
-        return self.port == _DEFAULT_PORTS[self.scheme]
+        return self.port == DEFAULT_PORTS[self.scheme]
 
     @property
     def host_header(self) -> str:
@@ -134,22 +136,18 @@ class HostRule:
 
     @classmethod
     def parse(cls, entry: str) -> HostRule:
-        """Parse an entry: ``files.example.com``, ``*.example.com``, either with ``:8443``, or an address.
-
-        Raises:
-            ConfigError: it is none of these.
-        """
+        """Parse ``files.example.com``, ``*.example.com``, either with ``:8443``, or an address; raise ConfigError."""
         text = entry.removeprefix("*.")
         is_wildcard = text != entry
         try:
             split = urlsplit(f"//[{text}]" if text.count(":") > 1 and not text.startswith("[") else f"//{text}")
             if split.netloc != split.geturl().removeprefix("//") or "@" in split.netloc:
-                raise UnfitUrl("It is more than a host.")
+                raise UrlRefused("It is more than a host.")
             host, address = _parse_host(split.hostname or "")
             if is_wildcard and address is not None:
-                raise UnfitUrl("There is nothing below an address.")
+                raise UrlRefused("There is nothing below an address.")
             return cls(host, split.port, is_wildcard)
-        except (UnfitUrl, ValueError):
+        except (UrlRefused, ValueError):
             raise ConfigError(
                 f"remote_media.hosts: {entry!r} is no files.example.com, *.example.com, address, or one with a :PORT"
             ) from None
@@ -179,21 +177,21 @@ def _parse_host(text: str) -> tuple[str, IPAddress | None]:
                 raise ValueError("of one interface only")
             address = IPv6Address(text)
         except ValueError:
-            raise UnfitUrl("Its host is no address.") from None
+            raise UrlRefused("Its host is no address.") from None
         return str(address), address
     try:
         name = text if text.isascii() else idna.encode(text, uts46=True).decode("ascii")
     except UnicodeError:
-        raise UnfitUrl("Its host is no name.") from None
+        raise UrlRefused("Its host is no name.") from None
     name = name.lower().removesuffix(".")
     if len(name) > _MAX_HOST_CHARS or not _NAME.fullmatch(name):
-        raise UnfitUrl("Its host is no name.")
+        raise UrlRefused("Its host is no name.")
     if not _NUMBER.fullmatch(name.rpartition(".")[2]):
         return name, None
     try:
         return name, IPv4Address(name)
     except ValueError:
-        raise UnfitUrl("Its host is a number.") from None
+        raise UrlRefused("Its host is a number.") from None
 
 
 def is_public(address: IPAddress) -> bool:

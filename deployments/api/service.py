@@ -7,15 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.api.auth import Authenticator, Caller, auth_required, check_keys, list_host_names
+from deployments.api.auth import Authenticator, Caller, check_keys, list_host_names, requires_key
 from deployments.api.bodies import BodyRules
 from deployments.api.body_reader import MemoryBudget
-from deployments.api.media_fields import FetchFile
-from deployments.api.remote_media import RemoteMediaFetcher
+from deployments.api.remote_media import FetchFile, RemoteMediaFetcher
+from deployments.api_model import Model
 from deployments.config import AppConfig, HttpConfig
 from deployments.jobs.service import JobService
 from deployments.observability.metrics import metrics_text
-from deployments.served_model import Model, offers_sound
 
 FindMissing = Callable[[], Awaitable[list[str]]]
 """Returns the stages that have no running replica."""
@@ -32,7 +31,7 @@ class Service:
         hosts: allowed in the Host header; None: any.
         auth: None where no key is needed.
         fetch_file: None where URLs are not fetched.
-        room: memory for bodies.
+        body_memory: memory for bodies.
     """
 
     model: Model
@@ -46,25 +45,23 @@ class Service:
     hosts: frozenset[str] | None = None
     auth: Authenticator | None = None
     fetch_file: FetchFile | None = None
-    room: MemoryBudget = field(init=False)
+    body_memory: MemoryBudget = field(init=False)
     is_draining: bool = False
 
     def __post_init__(self) -> None:
-        self.room = MemoryBudget(self.http.max_bodies_bytes)
+        self.body_memory = MemoryBudget(self.http.max_bodies_bytes)
 
     @classmethod
     def open(cls, config: AppConfig, director: Any, find_missing_stages: FindMissing, host: str) -> Self:
         """Open the service of an ingress whose Serve listens at ``host``.
 
-        Raises:
-            CheckpointError, JobsError, MediaStoreError: the checkpoint, the database or the files cannot be used.
-            NoKeys: requests need a key, and there is none.
+        Raises NoKeys if a key is needed and none exists; CheckpointError, JobsError, MediaStoreError.
         """
-        layout = CheckpointLayout.open(config.checkpoint)
-        model = Model.of(layout, config.model_name, is_sound_offered=offers_sound(config.audio, layout))
+        checkpoint = CheckpointLayout.open(config.checkpoint)
+        model = Model.of(checkpoint, config.model_name, is_sound_offered=config.audio.decodes_sound(checkpoint))
         jobs = JobService.open(config)
         keys = jobs.store.keys
-        needs_keys = auth_required(config.auth.enabled, host)
+        needs_keys = requires_key(config.auth.enabled, host)
         if needs_keys:
             check_keys(keys, host)
         has_guardrails = config.guardrails.adapter is not None

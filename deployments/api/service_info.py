@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deployments.api.call import CurrentCall, new_router, service_of
-from deployments.api.openapi import Responses, document, header_docs, responses
-from deployments.api_model import ApiModel
-from deployments.served_model import ModelList
+from deployments.api.call import CurrentCall, get_service, make_router
+from deployments.api.openapi import Responses, header_docs, make_document, responses
+from deployments.api_model import ApiModel, ModelList
 from deployments.threads import run_in_thread
-
-OPEN_PATHS = ("/health", "/ready", "/openapi.json")
-"""Paths that need no key."""
 
 _RETRY_S = 5
 
@@ -45,7 +42,7 @@ _NOT_READY: Responses = {
 }
 _NUMBERS: Responses = {200: {"description": "numbers", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-router = new_router()
+router = make_router()
 
 
 @router.get("/v1/models", responses=responses({}))
@@ -63,7 +60,7 @@ async def health() -> Health:
 @router.get("/ready", responses=responses(_NOT_READY, is_open=True), openapi_extra=_OPEN, response_model=Ready)
 async def ready(request: Request) -> Response:
     """Say whether every stage has a running replica; if not, name the stages that have none."""
-    service = service_of(request)
+    service = get_service(request)
     if service.is_draining:
         body: Ready | NotReadyAnswer = NotReadyAnswer(status="shutting down")
     elif waiting_for := await service.find_missing_stages():
@@ -76,7 +73,7 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", responses=responses(_NUMBERS, 401, 403, 429, 503, is_open=True), response_class=Response)
 async def metrics(request: Request) -> Response:
     """Return numbers for Prometheus."""
-    text, media_type = await service_of(request).metrics_text()
+    text, media_type = await get_service(request).metrics_text()
     return Response(text, media_type=media_type)
 
 
@@ -84,4 +81,8 @@ async def metrics(request: Request) -> Response:
 async def openapi(request: Request) -> Response:
     """Return this API as an OpenAPI document."""
     root_path = request.scope.get("root_path", "")
-    return JSONResponse(await run_in_thread(document, request.app, service_of(request), root_path))
+    return JSONResponse(await run_in_thread(make_document, request.app, get_service(request), root_path))
+
+
+OPEN_PATHS = tuple(it.path for it in router.routes if isinstance(it, APIRoute) and it.openapi_extra == _OPEN)
+"""Paths that need no key."""

@@ -17,15 +17,23 @@ from cosmos3_core.errors import MediaError
 from cosmos3_core.media.output import OutputFile
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
+from deployments.api_model import Model
 from deployments.clients.errors import WITH_RETRY_AFTER, NotFound, UnreachableError
-from deployments.clients.http_calls import DIRECTLY, Connecting
+from deployments.clients.http_connection import DIRECTLY, Connecting
 from deployments.clients.http_transport import HttpTransport
-from deployments.clients.streams import DEFAULT_PATIENCE, AsyncVideoStream, Patience, follow_attached, follow_video
-from deployments.clients.transport import VIDEO, Deadline, Transport
+from deployments.clients.transport import (
+    DEFAULT_PATIENCE,
+    VIDEO,
+    AsyncVideoStream,
+    Deadline,
+    Patience,
+    Transport,
+    follow_attached,
+    follow_video,
+)
 from deployments.jobs.events import VideoEnded, VideoEvent
 from deployments.jobs.job import SubmitOptions
-from deployments.jobs.video import Video, VideoPage
-from deployments.served_model import Model
+from deployments.jobs.video import MAX_PAGE, ORDERS, Video, VideoPage
 
 DEFAULT_TIMEOUT_S = 3600.0
 """Time-out for a video: to generate it, to wait for it, to read its file."""
@@ -36,7 +44,6 @@ LONGEST_S = 1e6
 """Longest time-out that is accepted."""
 
 _T = TypeVar("_T")
-_MAX_PAGE = 100
 # All ids of an app match it.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
@@ -126,23 +133,22 @@ class AsyncCosmos3Client:
 
     async def retrieve(self, video_id: str) -> Video:
         """Return a video, failed ones too."""
-        return await self._call(lambda: self._transport.job(_check_id(video_id)))
+        return await self._call(lambda: self._transport.get_video(_check_id(video_id)))
 
     async def list(self, after: str | None = None, *, limit: int = 20, order: str = "desc") -> VideoPage:
         """Return a page of the videos after ``after``, the newest first unless ``order`` is "asc".
 
-        Raises:
-            RequestError: a value is out of range, or ``after`` is unknown.
+        Raises RequestError for a value out of range, or an unknown ``after``.
         """
-        limit = checks.integer("limit", limit, 1, _MAX_PAGE)
-        order = checks.choice("order", order, ("asc", "desc"))
-        return await self._call(lambda: self._transport.jobs(after, limit, order))
+        limit = checks.integer("limit", limit, 1, MAX_PAGE)
+        order = checks.choice("order", order, ORDERS)
+        return await self._call(lambda: self._transport.list_videos(after, limit, order))
 
     async def list_all(self, *, order: str = "desc") -> AsyncGenerator[Video, None]:
         """Yield all videos, page by page."""
         after: str | None = None
         while True:
-            page = await self.list(after, limit=_MAX_PAGE, order=order)
+            page = await self.list(after, limit=MAX_PAGE, order=order)
             for video in page.videos:
                 yield video
             if not page.has_more or not page.videos:
@@ -159,7 +165,7 @@ class AsyncCosmos3Client:
 
     async def models(self) -> tuple[Model, ...]:
         """Return the models that the app serves."""
-        return (await self._call(self._transport.models)).data
+        return (await self._call(self._transport.list_models)).data
 
     async def events(
         self, video_id: str, after: int = 0, *, timeout_s: float = DEFAULT_TIMEOUT_S
@@ -178,11 +184,7 @@ class AsyncCosmos3Client:
                 yield event
 
     async def wait(self, video_id: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Video:
-        """Return the video when it has ended, completed or failed.
-
-        Raises:
-            DeadlineExceeded: the video has not ended in time; it keeps running.
-        """
+        """Return the video when it has ended, completed or failed; raise DeadlineExceeded, and it keeps running."""
         async with aclosing(self.events(video_id, timeout_s=timeout_s)) as events:
             async for event in events:
                 if isinstance(event, VideoEnded):
@@ -245,7 +247,7 @@ class AsyncCosmos3Client:
         deadline = _make_deadline(timeout_s)
         try:
             attached = await self._call(
-                lambda: self._transport.attach(request, options, deadline.left_s), deadline.left_s
+                lambda: self._transport.start_attached(request, options, deadline.left_s), deadline.left_s
             )
         except UnreachableError:
             if not deadline.left_s:
@@ -255,7 +257,7 @@ class AsyncCosmos3Client:
             events = follow_attached(attached.events, deadline)
         else:
             events = follow_video(self._transport, attached.video_id, 0, deadline, self._patience)
-        return AsyncVideoStream(attached.video_id, events, attached.leave)
+        return AsyncVideoStream(attached.video_id, events, attached.stop)
 
     async def generate(
         self,
@@ -267,8 +269,7 @@ class AsyncCosmos3Client:
     ) -> Generation:
         """Generate a video and return it with its file. Cancelling the call stops the work.
 
-        Raises:
-            Cosmos3Error: as :meth:`create`, and the failure of the video.
+        Raises as :meth:`create`, and the failure of the video.
         """
         deadline = _make_deadline(timeout_s)
         events = await self.stream(request, timeout_s=timeout_s, service_class=service_class, request_id=request_id)

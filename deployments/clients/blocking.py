@@ -20,8 +20,8 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 from cosmos3_core.errors import ClosedError
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.asynchronous import DEFAULT_CALL_S, DEFAULT_TIMEOUT_S, AsyncCosmos3Client
-from deployments.clients.http_calls import DIRECTLY, Connecting
-from deployments.clients.streams import DEFAULT_PATIENCE, AsyncVideoStream, Patience
+from deployments.clients.http_connection import DIRECTLY, Connecting
+from deployments.clients.transport import DEFAULT_PATIENCE, AsyncVideoStream, Patience
 from deployments.jobs.events import VideoEvent
 
 _P = ParamSpec("_P")
@@ -126,7 +126,7 @@ def _stop(loop: asyncio.AbstractEventLoop) -> None:
     loop.call_soon_threadsafe(loop.stop)
 
 
-def _block(
+def _make_blocking(
     method: Callable[Concatenate[AsyncCosmos3Client, _P], Coroutine[Any, Any, _T]],
 ) -> Callable[Concatenate[Cosmos3Client, _P], _T]:
     """Return the blocking twin of a method, with its parameters and docstring."""
@@ -138,17 +138,17 @@ def _block(
     return call
 
 
-def _iterate(
+def _make_blocking_iterator(
     method: Callable[Concatenate[AsyncCosmos3Client, _P], AsyncGenerator[_T, None]],
-) -> Callable[Concatenate[Cosmos3Client, _P], Items[_T]]:
+) -> Callable[Concatenate[Cosmos3Client, _P], BlockingIterator[_T]]:
     """Return the blocking twin of an asynchronous generator, with its parameters and docstring."""
 
     @functools.wraps(method)
-    def call(self: Cosmos3Client, /, *args: _P.args, **kwargs: _P.kwargs) -> Items[_T]:
-        return Items(self._thread, method(self._client, *args, **kwargs))
+    def call(self: Cosmos3Client, /, *args: _P.args, **kwargs: _P.kwargs) -> BlockingIterator[_T]:
+        return BlockingIterator(self._thread, method(self._client, *args, **kwargs))
 
     # For ``help``, which otherwise shows what the generator's method returns.
-    vars(call)["__signature__"] = inspect.signature(method).replace(return_annotation="Items")
+    vars(call)["__signature__"] = inspect.signature(method).replace(return_annotation="BlockingIterator")
     return call
 
 
@@ -179,19 +179,19 @@ class Cosmos3Client:
         )
         return cls(client)
 
-    create = _block(AsyncCosmos3Client.create)
-    remix = _block(AsyncCosmos3Client.remix)
-    retrieve = _block(AsyncCosmos3Client.retrieve)
-    list = _block(AsyncCosmos3Client.list)
-    list_all = _iterate(AsyncCosmos3Client.list_all)
-    cancel = _block(AsyncCosmos3Client.cancel)
-    delete = _block(AsyncCosmos3Client.delete)
-    models = _block(AsyncCosmos3Client.models)
-    events = _iterate(AsyncCosmos3Client.events)
-    wait = _block(AsyncCosmos3Client.wait)
-    content = _iterate(AsyncCosmos3Client.content)
-    save = _block(AsyncCosmos3Client.save)
-    generate = _block(AsyncCosmos3Client.generate)
+    create = _make_blocking(AsyncCosmos3Client.create)
+    remix = _make_blocking(AsyncCosmos3Client.remix)
+    retrieve = _make_blocking(AsyncCosmos3Client.retrieve)
+    list = _make_blocking(AsyncCosmos3Client.list)
+    list_all = _make_blocking_iterator(AsyncCosmos3Client.list_all)
+    cancel = _make_blocking(AsyncCosmos3Client.cancel)
+    delete = _make_blocking(AsyncCosmos3Client.delete)
+    models = _make_blocking(AsyncCosmos3Client.models)
+    events = _make_blocking_iterator(AsyncCosmos3Client.events)
+    wait = _make_blocking(AsyncCosmos3Client.wait)
+    content = _make_blocking_iterator(AsyncCosmos3Client.content)
+    save = _make_blocking(AsyncCosmos3Client.save)
+    generate = _make_blocking(AsyncCosmos3Client.generate)
 
     def stream(
         self,
@@ -221,7 +221,7 @@ class Cosmos3Client:
         self.close()
 
 
-class _AsyncItems(Protocol[_T_co]):
+class _AsyncIterator(Protocol[_T_co]):
     """An asynchronous iterator that can be closed: a generator or a stream."""
 
     def __anext__(self) -> Awaitable[_T_co]: ...
@@ -229,10 +229,10 @@ class _AsyncItems(Protocol[_T_co]):
     def aclose(self) -> Coroutine[Any, Any, None]: ...
 
 
-class Items(Generic[_T], Iterator[_T]):
+class BlockingIterator(Generic[_T], Iterator[_T]):
     """An asynchronous generator as an iterator and context manager, which owns it: closing or dropping ends it."""
 
-    def __init__(self, thread: LoopThread, items: _AsyncItems[_T]) -> None:
+    def __init__(self, thread: LoopThread, items: _AsyncIterator[_T]) -> None:
         self._thread = thread
         # Its loop closes a dropped generator: ``__del__`` must not wait for that.
         self._items = items
@@ -257,7 +257,7 @@ class Items(Generic[_T], Iterator[_T]):
         self.close()
 
 
-class VideoStream(Items[VideoEvent]):
+class VideoStream(BlockingIterator[VideoEvent]):
     """The events of a video that is made for this caller: an :class:`AsyncVideoStream` as an iterator."""
 
     def __init__(self, thread: LoopThread, stream: AsyncVideoStream) -> None:

@@ -143,17 +143,18 @@ def read_refusal(
         return IdempotencyConflict(idempotency_key)
     if status == 422 and (parts := _read_field_error(error)) is not None:
         return (CapabilityError if code == "not_offered" else RequestError).of_parts(*parts)
-    return _make_error(status, message, code, _read_retry_after(headers.get("retry-after")))
+    return make_error(status, message, code, read_retry_after(headers.get("retry-after")))
 
 
 def read_failure(video_id: str, code: str, message: str) -> Cosmos3Error:
     """Return the error of a failed job from the code and message of its ``error``."""
     if code == "cancelled":
         return JobCancelled(video_id, message)
-    return _make_error(500, message, code, _RETRY_AFTER_S)
+    return make_error(500, message, code)
 
 
-def _make_error(status: int, message: str, code: str, retry_after_s: float) -> Cosmos3Error:
+def make_error(status: int, message: str, code: str, retry_after_s: float = _RETRY_AFTER_S) -> Cosmos3Error:
+    """Return the error that a status and a code stand for."""
     if code == "media_not_ready":
         return NotReady(status, message, code)
     if make := _BY_CODE.get(code) or _BY_CODE.get(_CODE_OF_STATUS.get(status, "")):
@@ -171,7 +172,8 @@ def _read_field_error(error: Mapping[str, Any]) -> tuple[str, str, str, str] | N
     return None
 
 
-def _read_retry_after(text: str | None) -> float:
+def read_retry_after(text: str | None) -> float:
+    """Return the seconds of a Retry-After header; a usual number for a date, or none."""
     try:
         seconds = float(text or "")
     except ValueError:  # a date, or nothing

@@ -10,16 +10,15 @@ from typing import Any
 from cluster.errors import DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
-from deployments.api.errors import error_response
-from deployments.clients.errors import AnswerError, UnreachableError, read_refusal
-from deployments.clients.transport import VIDEO, Attached, Deadline, read_answer, read_event
-from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
-from deployments.failures import summarize_error, translate_error
+from deployments.api_model import ModelList
+from deployments.clients.errors import AnswerError, UnreachableError, make_error, read_retry_after
+from deployments.clients.transport import VIDEO, AttachedVideo, Deadline, read_answer, read_event
+from deployments.errors import ApiError, ContentBlocked, IdempotencyConflict, JobCancelled
+from deployments.failures import explain_error, summarize_error
 from deployments.jobs.events import VideoEvent, event_as_json
 from deployments.jobs.job import SubmitOptions
 from deployments.jobs.video import Video, VideoPage
 from deployments.messages import Accepted, RequestContext
-from deployments.served_model import ModelList
 from deployments.stages.streams import RefStream
 
 _PART_BYTES = 1 << 20
@@ -43,13 +42,14 @@ class HandleTransport:
         self._timeout_s = timeout_s
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions) -> Video:
-        """Submit a job; images and clips given as paths are read here, in the caller's process."""
         packed = await asyncio.to_thread(request.packed)
         job = await self._call(self._director.submit, packed, options)
-        return await self.job(job.job_id)
+        return await self.get_video(job.job_id)
 
-    async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
-        """Start a video as a streaming call, which the Director stops when the caller leaves."""
+    async def start_attached(
+        self, request: GenerationRequest, options: SubmitOptions, timeout_s: float
+    ) -> AttachedVideo:
+        # A streaming call, which the Director stops when the caller leaves.
         packed = await asyncio.to_thread(request.packed)
         response = self._streaming.stream.remote(packed, options, timeout_s)
         items = self._iterate(response, timeout_s)
@@ -60,34 +60,28 @@ class HandleTransport:
             raise
         assert isinstance(accepted, Accepted), "the first event of a Director"
 
-        async def leave() -> None:
+        async def stop() -> None:
             response.cancel()
 
-        return Attached(accepted.job_id, self._read_events(items, accepted.job_id), leave)
+        return AttachedVideo(accepted.job_id, self._read_events(items, accepted.job_id), stop)
 
     async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> Video:
-        """Submit a video again with another prompt."""
         job = await self._call(self._director.remix, video_id, prompt, options)
-        return await self.job(job.job_id)
+        return await self.get_video(job.job_id)
 
-    async def job(self, video_id: str) -> Video:
-        """Return a video."""
+    async def get_video(self, video_id: str) -> Video:
         return read_answer(Video, await self._call(self._director.job, video_id, _OWNER))
 
-    async def jobs(self, after: str | None, limit: int, order: str) -> VideoPage:
-        """Return a page of videos."""
+    async def list_videos(self, after: str | None, limit: int, order: str) -> VideoPage:
         return read_answer(VideoPage, await self._call(self._director.jobs, _OWNER, after, limit, order))
 
     async def cancel(self, video_id: str) -> Video:
-        """Stop a video."""
         return read_answer(Video, await self._call(self._director.cancel, video_id, _OWNER))
 
     async def delete(self, video_id: str) -> None:
-        """Stop and delete a video."""
         await self._call(self._director.delete, video_id, _OWNER)
 
     async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
-        """Yield the events of one streaming call."""
         response = self._streaming.events.remote(video_id, after, timeout_s, _OWNER)
         try:
             async with aclosing(self._iterate(response, timeout_s)) as items:
@@ -97,7 +91,7 @@ class HandleTransport:
             raise UnreachableError(f"the events of {video_id} broke off: {error.reason}") from None
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
-        """Yield a file, one call per part: any replica of the Director can answer each."""
+        # One call per part: any replica of the Director can answer each.
         deadline, start = Deadline(timeout_s), 0
         which = () if variant == VIDEO else (variant,)
         while True:
@@ -114,8 +108,7 @@ class HandleTransport:
             yield part
             start += len(part)
 
-    async def models(self) -> ModelList:
-        """Return the list of models."""
+    async def list_models(self) -> ModelList:
         return read_answer(ModelList, {"object": "list", "data": await self._call(self._director.models)})
 
     async def aclose(self) -> None:
@@ -152,12 +145,12 @@ class HandleTransport:
             response.cancel()  # does nothing once it has ended
 
 
-def _translate(error: BaseException) -> BaseException:
+def _translate(raised: BaseException) -> BaseException:
     """Return the error that the HTTP transport would raise; errors in ``_SHARED`` keep more than HTTP carries."""
-    error = translate_error(error, "director")
+    error, status, code, message, _ = explain_error(raised)
     if isinstance(error, _SHARED):
         return error
-    answer = error_response(error)
-    if answer.status_code == 500:
-        return AnswerError(500, summarize_error(error), "internal_error")
-    return read_refusal(answer.status_code, "", answer.headers, bytes(answer.body).decode(), None)
+    if status == 500:
+        return AnswerError(status, summarize_error(error), code)
+    retry_after = error.headers.get("retry-after") if isinstance(error, ApiError) else None
+    return make_error(status, message, code, read_retry_after(retry_after))

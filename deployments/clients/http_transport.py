@@ -19,13 +19,13 @@ from cosmos3_core.actions import action_rows
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.image import write_image
 from cosmos3_core.request import GenerationRequest
+from deployments.api_model import ModelList
 from deployments.clients.errors import NotFound, UnreachableError
-from deployments.clients.http_calls import Connecting, HttpCalls
-from deployments.clients.transport import LEAVE_S, VIDEO, Attached, Deadline, read_answer, read_event
+from deployments.clients.http_connection import Connecting, HttpConnection
+from deployments.clients.transport import STOP_S, VIDEO, AttachedVideo, Deadline, read_answer, read_event
 from deployments.jobs.events import VideoEvent
 from deployments.jobs.job import SubmitOptions
 from deployments.jobs.video import Video, VideoDeleted, VideoPage
-from deployments.served_model import ModelList
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +39,19 @@ class HttpTransport:
     """A :class:`~deployments.clients.transport.Transport` over HTTP; ``timeout_s`` is for one call and its upload."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float, connecting: Connecting) -> None:
-        self._calls = HttpCalls(url, api_key, connecting)
+        self._connection = HttpConnection(url, api_key, connecting)
         self._timeout_s = timeout_s
         self._withdrawals: set[asyncio.Task[None]] = set()
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions) -> Video:
-        """POST a job."""
         # In a thread, as it reads and encodes files.
         body = await asyncio.to_thread(_encode_body, request, options)
         return await self._call(Video, "POST", "/v1/videos", body=body, headers=_make_headers(options))
 
-    async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
-        """POST a job, and cancel it when the caller leaves: to the app it is a job like any other."""
+    async def start_attached(
+        self, request: GenerationRequest, options: SubmitOptions, timeout_s: float
+    ) -> AttachedVideo:
+        # To the app it is a job like any other, which is cancelled when the caller leaves.
         submitting = asyncio.create_task(self.submit(request, options))
         try:
             done, _ = await asyncio.wait([submitting], timeout=timeout_s)
@@ -59,81 +60,74 @@ class HttpTransport:
             raise
         if not done:
             await self._withdraw(submitting)
-            raise UnreachableError(f"{self._calls.url}: no complete answer within {timeout_s:g} s")
+            raise UnreachableError(f"{self._connection.url}: no complete answer within {timeout_s:g} s")
         video_id = submitting.result().id
 
-        async def leave() -> None:
+        async def stop() -> None:
             await self.cancel(video_id)
 
-        return Attached(video_id, None, leave)
+        return AttachedVideo(video_id, None, stop)
 
     async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> Video:
-        """POST a remix."""
         body = json.dumps({"prompt": prompt}).encode()
         return await self._call(
             Video, "POST", f"{_make_path(video_id)}/remix", body=body, headers=_make_headers(options)
         )
 
-    async def job(self, video_id: str) -> Video:
-        """GET a video."""
+    async def get_video(self, video_id: str) -> Video:
         return await self._call(Video, "GET", _make_path(video_id))
 
-    async def jobs(self, after: str | None, limit: int, order: str) -> VideoPage:
-        """GET a page of videos."""
+    async def list_videos(self, after: str | None, limit: int, order: str) -> VideoPage:
         params: dict[str, str | int] = {"limit": limit, "order": order}
         if after is not None:
             params["after"] = after
         return await self._call(VideoPage, "GET", "/v1/videos", params=params)
 
     async def cancel(self, video_id: str) -> Video:
-        """POST a video's cancellation."""
         return await self._call(Video, "POST", f"{_make_path(video_id)}/cancel")
 
     async def delete(self, video_id: str) -> None:
-        """DELETE a video."""
         await self._call(VideoDeleted, "DELETE", _make_path(video_id))
 
     async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
-        """Yield the server-sent events of one connection."""
         headers = {"accept": "text/event-stream"}
         if after:
             headers["last-event-id"] = str(after)
         path, deadline = f"{_make_path(video_id)}/events", Deadline(timeout_s)
-        async with self._calls.send("GET", path, deadline=deadline, headers=headers, silence_s=_SILENCE_S) as answer:
+        async with self._connection.send(
+            "GET", path, deadline=deadline, headers=headers, silence_s=_SILENCE_S
+        ) as answer:
             await answer.check()
             if answer.status == 204:  # no more events
                 return
             if answer.media_type != "text/event-stream":
                 raise answer.make_foreign_error()
-            async with aclosing(answer.events()) as events:
+            async with aclosing(answer.iter_events()) as events:
                 async for raw in events:
                     yield read_event(raw.kind, raw.data, raw.seq)
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
-        """Yield a file as its bytes arrive."""
         params = {} if variant == VIDEO else {"variant": variant}
         path = f"{_make_path(video_id)}/content"
-        async with self._calls.send("GET", path, deadline=Deadline(timeout_s), params=params) as answer:
+        async with self._connection.send("GET", path, deadline=Deadline(timeout_s), params=params) as answer:
             await answer.check()
-            async for part in answer.parts():
+            async for part in answer.iter_parts():
                 yield part
 
-    async def models(self) -> ModelList:
-        """GET the list of models."""
+    async def list_models(self) -> ModelList:
         return await self._call(ModelList, "GET", "/v1/models")
 
     async def aclose(self) -> None:
-        """Close the connections, after the cancellations that are under way."""
-        if self._withdrawals:
-            await asyncio.wait(self._withdrawals, timeout=LEAVE_S)
-        await self._calls.aclose()
+        if self._withdrawals:  # cancellations that are under way come first
+            await asyncio.wait(self._withdrawals, timeout=STOP_S)
+        await self._connection.aclose()
 
     async def _withdraw(self, submitting: asyncio.Task[Video]) -> None:
         """Cancel a video whose id has not come yet: the app may make it although its caller has left."""
         withdrawal = asyncio.create_task(self._cancel_submitted(submitting))
         self._withdrawals.add(withdrawal)
         withdrawal.add_done_callback(self._withdrawals.discard)
-        await asyncio.wait([withdrawal], timeout=LEAVE_S)
+        await asyncio.wait([withdrawal], timeout=STOP_S)
 
     async def _cancel_submitted(self, submitting: asyncio.Task[Video]) -> None:
         try:
@@ -162,10 +156,10 @@ class HttpTransport:
     ) -> _M:
         """Send a call that answers at once, and return its answer."""
         deadline = Deadline(self._timeout_s)
-        call = self._calls.send(method, path, deadline=deadline, body=body, headers=headers, params=params)
+        call = self._connection.send(method, path, deadline=deadline, body=body, headers=headers, params=params)
         async with call as answer:
             await answer.check((headers or {}).get("idempotency-key"))
-            return read_answer(kind, await answer.json())
+            return read_answer(kind, await answer.read_json())
 
 
 def _make_path(video_id: str) -> str:
@@ -189,8 +183,7 @@ def _make_headers(options: SubmitOptions) -> dict[str, str]:
 def make_body(request: GenerationRequest) -> dict[str, Any]:
     """Return a request as a JSON body: the fields that differ from the defaults, an image or clip as a data URL.
 
-    Raises:
-        RequestError: a field cannot travel over HTTP, or an image or clip cannot be read.
+    Raises RequestError for what cannot travel over HTTP, and for an image or clip that cannot be read.
     """
     given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     body: dict[str, Any] = {}

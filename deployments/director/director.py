@@ -21,6 +21,7 @@ from cluster.events import Event
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
+from deployments.api_model import Model
 from deployments.config import AppConfig
 from deployments.director.admission import Admission, RequestCheck
 from deployments.director.guardrail_calls import PromptCheck
@@ -33,7 +34,6 @@ from deployments.jobs.job import Job, JobEvent, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService, Maintenance
 from deployments.media.variants import VIDEO
 from deployments.messages import Accepted, Finished, Generated, RequestContext
-from deployments.served_model import Model
 from deployments.stages.handles import StageHandles
 
 _NUM_THREADS = 32

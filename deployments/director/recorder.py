@@ -20,7 +20,7 @@ from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, Outcome, Progress
 from deployments.jobs.store import JobStore, Lease
 from deployments.media.job_files import JobFiles
-from deployments.messages import FileStarted, Finished, LatentsReady, PictureEncoded, Tokenized
+from deployments.messages import FileStarted, Finished, LatentsReady, PictureEncoded, Tokenized, round_seconds
 from deployments.threads import run_in_thread, start_task
 
 logger = logging.getLogger("ray.serve")
@@ -251,7 +251,7 @@ class SavedStates:
 
 def result_of(finished: Finished) -> dict[str, Any]:
     """Return a finished request's JSON values for :attr:`deployments.jobs.job.Job.result`."""
-    stage_durations = {name: round(seconds, 4) for name, seconds in finished.stage_seconds.items()}
+    stage_durations = round_seconds(finished.stage_seconds)
     same = ("media_type", "num_bytes", "num_frames", "fps", "height", "width", "seed", "frames_sha256")
     return {
         **{name: getattr(finished, name) for name in same},

@@ -30,7 +30,7 @@ from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, Stop
 from deployments.director.pipeline import Pipeline
 from deployments.director.recorder import SAVED_STATE, Recorder, Retrier, SavedStates, result_of
 from deployments.errors import JobCancelled, LeaseLost
-from deployments.failures import explain_failure, is_explained, translate_error
+from deployments.failures import explain_error, translate_error
 from deployments.jobs.estimates import Throughput
 from deployments.jobs.job import Job, JobState, Lane, Outcome, decode_request
 from deployments.jobs.queue import ClaimRequest
@@ -38,7 +38,7 @@ from deployments.jobs.service import JobService
 from deployments.jobs.store import Lease
 from deployments.messages import FileStarted, Finished, RequestContext
 from deployments.observability.logs import watch_request
-from deployments.observability.metrics import metrics
+from deployments.observability.metrics import QUEUE_WAIT_SECONDS, REQUEST_SECONDS, REQUESTS, TAKEOVERS, metrics
 from deployments.threads import run_in_thread, start_task
 
 logger = logging.getLogger("ray.serve")
@@ -304,10 +304,10 @@ class JobRunner:
         if finished is not None:  # a stop that came meanwhile is too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
         elif failure is not None:
-            code, message = explain_failure(failure)
-            if not is_explained(failure):
+            explained = explain_error(failure)
+            if not explained.is_complete:
                 logger.error("%s failed", claimed.job.job_id, exc_info=failure)
-            outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
+            outcome = Outcome(JobState.FAILED, error_code=explained.code, error_message=explained.message)
         else:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(claimed.stop_error))
         ended = await recorder.end(outcome, keep_media_s=self._media.keep_s)
@@ -376,10 +376,11 @@ class JobRunner:
 def _count_claim(job: Job) -> None:
     assert job.started_s is not None, "it was claimed"
     if job.last_seq == 1:  # its first claim, counting also those given back
-        metrics().record_queue_wait(job.lane, job.service_class, job.started_s - job.created_s)
+        metrics().record(QUEUE_WAIT_SECONDS, job.started_s - job.created_s, "jobs", job.lane, job.service_class)
     elif job.attempts > 1:
-        metrics().count_takeover()
+        metrics().record(TAKEOVERS, 1)
 
 
 def _count_end(job: Job) -> None:
-    metrics().record_request(job.mode, job.state, (job.completed_s or job.created_s) - job.created_s)
+    metrics().record(REQUESTS, 1, job.mode, job.state)
+    metrics().record(REQUEST_SECONDS, (job.completed_s or job.created_s) - job.created_s, job.mode, job.state)

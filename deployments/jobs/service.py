@@ -20,7 +20,7 @@ from deployments.jobs.events import DELETED, FINAL_KINDS
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.job import Job, JobEvent, JobState
 from deployments.jobs.store import JobStore
-from deployments.jobs.video import Video, VideoDeleted, VideoPage, retry_after_s
+from deployments.jobs.video import MAX_PAGE, ORDERS, Video, VideoDeleted, VideoPage, retry_after_s
 from deployments.media.job_files import JobFiles
 from deployments.media.layout import DONE, MediaRecord
 from deployments.media.old_layout import adopt_old_files
@@ -32,8 +32,6 @@ from deployments.threads import repeat_in_thread, run_in_thread, start_task
 logger = logging.getLogger("ray.serve")
 
 MAX_PART_BYTES = 4 * 2**20
-MAX_PAGE = 100
-ORDERS = ("asc", "desc")
 _MAINTENANCE_S, _GAUGES_S = 60.0, 5.0
 
 

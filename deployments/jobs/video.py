@@ -20,6 +20,10 @@ from deployments.media.layout import JOB_ID
 LOSSLESS, HIGH = "lossless", "high"
 """Values of ``quality``."""
 
+MAX_PAGE = 100
+ORDERS = ("asc", "desc")
+"""Most videos of a page, and the orders of a list."""
+
 # Denoising is most of the progress; the rest is decoding.
 _DENOISED_PERCENT = 95
 _MAX_UNFINISHED_PERCENT = 99
@@ -178,7 +182,7 @@ class VideoPage(ApiModel):
     """Some of an owner's videos, in the requested order."""
 
     object: Literal["list"]
-    data: Annotated[tuple[Video, ...], _schema(maxItems=100)]
+    data: Annotated[tuple[Video, ...], _schema(maxItems=MAX_PAGE)]
     first_id: JobId | None
     last_id: JobId | None
     has_more: Annotated[bool, Field(description="whether others follow; the next page is after last_id")]

@@ -22,15 +22,15 @@ import ray
 from ray import serve
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.api.auth import auth_required, check_keys, is_loopback
-from deployments.api.ingress import http_in_force
+from deployments.api.auth import check_keys, is_loopback, requires_key
+from deployments.api.ingress import find_serve_address
 from deployments.app import build_app
 from deployments.clients.errors import UnreachableError
 from deployments.config import AppConfig, HttpConfig
 from deployments.jobs.database import database_url
-from deployments.jobs.store import JobStore
+from deployments.jobs.keys import KeyStore
+from deployments.launch.app_calls import get
 from deployments.launch.capacity import Resources, describe_missing, describe_shortfall, sum_needs
-from deployments.launch.http_client import get
 from deployments.launch.ray_session import (
     RAY_FAILURES,
     FreeResources,
@@ -76,25 +76,16 @@ class RunningApp:
     stop_timeout: StopTimeout
 
     def watch(self) -> None:
-        """Block as long as the app runs.
-
-        Raises:
-            LostError: the app is gone.
-            KeyboardInterrupt: Ctrl-C or SIGTERM.
-        """
+        """Block until the app is gone (LostError), or Ctrl-C or SIGTERM comes (KeyboardInterrupt)."""
         while True:
             time.sleep(_WATCH_S)
             _find_application(self.name)
 
     def drain(self, timeout_s: float, report: Callable[[str], None]) -> None:
-        """Refuse new requests and wait for the running ones.
+        """Refuse new requests and wait for the running ones; raise LostError if Serve no longer answers.
 
         Queued jobs stay for the next start. So do running jobs that are not done in time, or when a signal ends the
-        wait.
-
-        Raises:
-            LostError: Serve no longer answers.
-            KeyboardInterrupt: Ctrl-C or SIGTERM.
+        wait (KeyboardInterrupt).
         """
         # In this order: once /ready says that the app is shutting down, no request is admitted any more.
         self._broadcast("Director", "drain")
@@ -167,12 +158,9 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
 def _check_access(config: AppConfig, report: Callable[[str], None]) -> None:
     """Raise NoKeys if no caller could get in. The Ingress checks again, with the address where Serve listens."""
     host = config.http.host
-    if auth_required(config.auth.enabled, host):
-        store = JobStore.open(database_url(config))
-        try:
-            check_keys(store.keys, host)
-        finally:
-            store.close()
+    if requires_key(config.auth.enabled, host):
+        with contextlib.closing(KeyStore.open(database_url(config))) as keys:
+            check_keys(keys, host)
     elif not is_loopback(host):
         report(f"auth.enabled is false and http.host is {host}: everyone who reaches the port may use the app")
 
@@ -186,7 +174,7 @@ def _serve(
         status = serve.status()
     head = _find_remote_head()
     if status.proxies or status.applications:
-        found = http_in_force()
+        found = find_serve_address()
         if http.port and found != (http.host, http.port):
             report(f"Serve runs there already, at {found[0]}:{found[1]}; http.host and http.port change nothing")
         yield _make_url(*found, head)

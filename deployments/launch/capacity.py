@@ -13,7 +13,7 @@ from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.sharding import list_tp_sizes
-from deployments.app import has_audio, make_gang_spec, make_vae_gang_spec
+from deployments.app import make_gang_spec, make_vae_gang_spec
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage, VideoVAEStage
 
 _KINDS = ("CPU", "GPU")
@@ -33,7 +33,9 @@ class Node:
 
 def sum_needs(config: AppConfig) -> Resources:
     """Return the resources of all stages with their fewest replicas; raise Cosmos3Error for an unusable layout."""
-    return _sum_needs(config, make_gang_spec(config, config.transformer), _count_replicas(config.transformer))
+    checkpoint = CheckpointLayout.open(config.checkpoint)
+    gang = make_gang_spec(config, config.transformer, checkpoint)
+    return _sum_needs(config, checkpoint, gang, _count_replicas(config.transformer))
 
 
 def describe_missing(needs: Resources, free: Resources) -> str:
@@ -52,29 +54,34 @@ def describe_shortfall(config: AppConfig, nodes: Sequence[Node]) -> str:
     Compares sums, and each gang of the stages ``transformer`` and ``vae`` with single nodes. It does not solve the
     packing of all stages. Raises as :func:`sum_needs`.
     """
-    gang, num_gangs = make_gang_spec(config, config.transformer), _count_replicas(config.transformer)
-    lack = _describe_lack(config, gang, num_gangs, nodes)
-    return " ".join(filter(None, [lack, _suggest_layouts(config, gang, num_gangs, nodes)])) if lack else ""
+    checkpoint = CheckpointLayout.open(config.checkpoint)
+    gang = make_gang_spec(config, config.transformer, checkpoint)
+    num_gangs = _count_replicas(config.transformer)
+    lack = _describe_lack(config, checkpoint, gang, num_gangs, nodes)
+    return f"{lack} {_suggest_layouts(config, checkpoint, gang, num_gangs, nodes)}".rstrip() if lack else ""
 
 
-def _describe_lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Node]) -> str:
-    if lack := describe_missing(_sum_needs(config, gang, num_gangs), _sum([node.resources for node in nodes])):
+def _describe_lack(
+    config: AppConfig, checkpoint: CheckpointLayout, gang: GangSpec, num_gangs: int, nodes: Sequence[Node]
+) -> str:
+    needs = _sum_needs(config, checkpoint, gang, num_gangs)
+    if lack := describe_missing(needs, _sum([node.resources for node in nodes])):
         return lack
     num_ranks, num_cards = num_gangs * gang.rank.num_ranks, sum(int(node.resources.get("GPU", 0)) for node in nodes)
     if (cards := _count_cards(num_ranks, gang.gpus_per_rank)) > num_cards:
         return f"{num_ranks} ranks of {gang.gpus_per_rank:g} GPU each need {cards} cards, and there are {num_cards}."
-    for name, stage in _list_stages(config).items():
+    for name, stage in _list_stages(config, checkpoint).items():
         if not _find_nodes(nodes, stage):
             labels = ", ".join(f"{key}: {value}" for key, value in stage.node_labels.items())
             return f"No node has the labels that {name}.node_labels asks for ({labels})."
     return _describe_misfit(config.transformer, gang, nodes) or _describe_misfit(
-        config.vae, make_vae_gang_spec(config), nodes
+        config.vae, make_vae_gang_spec(config, checkpoint), nodes
     )
 
 
-def _list_stages(config: AppConfig) -> dict[str, Stage]:
+def _list_stages(config: AppConfig, checkpoint: CheckpointLayout) -> dict[str, Stage]:
     names = ["ingress", "director", "tokenizer", "transformer", "unguided", "vae", "encoder"]
-    if has_audio(config):
+    if config.audio.decodes_sound(checkpoint):
         names.append("audio")
     if config.guardrails.adapter is not None:
         names.append("guardrail")
@@ -90,13 +97,15 @@ def _count_replicas(stage: Stage) -> int:
     return stage.autoscaling.min_replicas if stage.autoscaling else stage.num_replicas
 
 
-def _sum_needs(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
+def _sum_needs(config: AppConfig, checkpoint: CheckpointLayout, gang: GangSpec, num_gangs: int) -> Resources:
     parts = num_gangs * make_bundles(gang, config.transformer.num_cpus)
-    for name, stage in _list_stages(config).items():
+    for name, stage in _list_stages(config, checkpoint).items():
+        if name == "transformer":
+            continue
         if isinstance(stage, TransformerStage):
-            replica = [] if name == "transformer" else make_bundles(make_gang_spec(config, stage), stage.num_cpus)
+            replica = make_bundles(make_gang_spec(config, stage, checkpoint), stage.num_cpus)
         elif isinstance(stage, VideoVAEStage):
-            replica = make_bundles(make_vae_gang_spec(config), stage.num_cpus)
+            replica = make_bundles(make_vae_gang_spec(config, checkpoint), stage.num_cpus)
         else:
             replica = [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]
         parts += _count_replicas(stage) * replica
@@ -107,27 +116,26 @@ def _sum(parts: Sequence[Resources]) -> dict[str, float]:
     return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in _KINDS}
 
 
-def _suggest_layouts(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]) -> str:
+def _suggest_layouts(
+    config: AppConfig, checkpoint: CheckpointLayout, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]
+) -> str:
     """Return a sentence that names the largest layouts which the nodes can hold; "" if there are none."""
     rank = gang.rank
     assert isinstance(rank, TransformerSpec)
-    allowed_tp = list_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
+    allowed_tp = list_tp_sizes(checkpoint.transformer)
     degrees = range(1, rank.num_ranks + 1)
     # Preferred layouts first: the traffic between ranks grows from CFG to SP to TP.
     layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]
     for num_gangs in range(max_gangs, 0, -1):
         specs = [(layout, replace(gang, rank=replace(rank, layout=layout))) for layout in layouts]
-        fitting = [layout for layout, spec in specs if not _describe_lack(config, spec, num_gangs, nodes)]
+        fitting = [layout for layout, spec in specs if not _describe_lack(config, checkpoint, spec, num_gangs, nodes)]
         most = max((layout.num_ranks for layout in fitting), default=0)
         key = "--set transformer.autoscaling.min_replicas=" if config.transformer.autoscaling else "--gangs "
-        flags = [f"{_format_flags(layout)} {key}{num_gangs}" for layout in fitting if layout.num_ranks == most]
+        largest = [layout for layout in fitting if layout.num_ranks == most]
+        flags = [f"--tp {it.tp} --cfg {it.cfg} --sp {it.sp} {key}{num_gangs}" for it in largest]
         if flags:
             return f"What fits: {', or '.join(flags[:_MAX_EXAMPLES])}."
     return ""
-
-
-def _format_flags(layout: Layout) -> str:
-    return f"--tp {layout.tp} --cfg {layout.cfg} --sp {layout.sp}"
 
 
 def _describe_misfit(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:

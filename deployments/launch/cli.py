@@ -23,8 +23,8 @@ from deployments.launch.keys import add_keys_flags
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
+    from deployments.launch.app_calls import SavedMedia
     from deployments.launch.bring_up import RunningApp
-    from deployments.launch.http_client import SavedMedia
     from deployments.launch.ray_session import Placement
 
 _EXAMPLE: dict[str, Any] = {
@@ -182,7 +182,7 @@ def _generate(options: argparse.Namespace) -> int:
     for name, default in _LOCAL_FLAGS.items():
         if (given := getattr(options, name)) != default:
             raise RequestError(name, given, "only without --url", "The running app decides it.")
-    from deployments.launch.http_client import save_video
+    from deployments.launch.app_calls import save_video
 
     out = Path(options.out)
     saved = save_video(options.url, request_of(options), out, timeout_s=options.timeout, api_key=api_key)
@@ -216,11 +216,11 @@ def _add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 def _read_config(options: argparse.Namespace, flags: Mapping[str, Any]) -> AppConfig:
     """Read the configuration that the flags name; a key of ``flags`` that is None leaves the file's value."""
-    from deployments.config import DEFAULT_CONFIG, AppConfig, config_file
+    from deployments.config import DEFAULT_CONFIG, AppConfig, find_config_file
 
     overrides = dict(_parse_key_value(text) for text in options.set)
     overrides |= {key: value for key, value in {"name": options.name, **flags}.items() if value is not None}
-    return AppConfig.read(config_file(options.config) if options.config else DEFAULT_CONFIG, overrides)
+    return AppConfig.read(find_config_file(options.config) if options.config else DEFAULT_CONFIG, overrides)
 
 
 def _parse_key_value(text: str) -> tuple[str, Any]:
@@ -260,7 +260,7 @@ def _serve(options: argparse.Namespace) -> int:
     keys = {key: getattr(options, flag.removeprefix("--")) for flag, (key, *_) in _KEY_FLAGS.items()}
     config = _read_config(options, keys)
     _prepare_ray()
-    from deployments.api.auth import auth_required
+    from deployments.api.auth import requires_key
     from deployments.launch.ray_session import Placement
 
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
@@ -269,7 +269,7 @@ def _serve(options: argparse.Namespace) -> int:
         try:
             _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
             _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
-            if auth_required(config.auth.enabled, config.http.host):
+            if requires_key(config.auth.enabled, config.http.host):
                 _say(f'    -H "Authorization: Bearer ${_API_KEY}" \\')
             _say(f"    -d '{json.dumps(_EXAMPLE)}'")
             _say(f"  from Python: {_show_environment(app)} python -c 'from deployments.client import connect; ...'")
@@ -341,7 +341,7 @@ def _ensure_tiny_checkpoint(directory: Path) -> Path:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from deployments.launch.checkup import check_app
+    from deployments.launch.app_calls import check_app
 
     api_key = _read_api_key(options)
     if options.url is not None:
@@ -358,7 +358,7 @@ def _demo(options: argparse.Namespace) -> int:
     from cosmos3_core.media.output import OutputFile
     from cosmos3_core.media.probe import probe_video
     from cosmos3_core.request import GenerationRequest
-    from deployments.launch.http_client import save_video
+    from deployments.launch.app_calls import save_video
 
     OutputFile(Path(f"{options.out}.mp4"))  # refuses a place that cannot be written before the work
     with _run_laptop_app(_ensure_tiny_checkpoint(options.checkpoint)) as app:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -34,17 +35,11 @@ def add_keys_flags(parser: argparse.ArgumentParser) -> list[argparse.ArgumentPar
 
 
 def run(options: argparse.Namespace, config: AppConfig) -> int:
-    """Run an action; return the exit status.
-
-    Raises:
-        RequestError: a value is out of range, or there is no such key.
-        JobsError, MediaStoreError: the database cannot be found or used.
-    """
+    """Run an action; return the exit status. Raise RequestError for a wrong value, or an unknown key."""
     from deployments.jobs.database import database_url
     from deployments.jobs.keys import KeyStore
 
-    keys = KeyStore.open(database_url(config))
-    try:
+    with closing(KeyStore.open(database_url(config))) as keys:
         if options.action == "add":
             _add(options, config, keys)
         elif options.action == "remove":
@@ -52,8 +47,6 @@ def run(options: argparse.Namespace, config: AppConfig) -> int:
             print(f"{removed.key_id} ({removed.name}) is refused from now on; a running app may take seconds to notice")
         else:
             _print_table([_make_row(key) for key in keys.list()])
-    finally:
-        keys.close()
     return 0
 
 

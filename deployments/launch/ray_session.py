@@ -77,12 +77,7 @@ class Placement:
 
 @contextmanager
 def ray_session(placement: Placement) -> Iterator[None]:
-    """Connect to Ray, or start it, for the block. Inside, SIGTERM acts as Ctrl-C.
-
-    Raises:
-        StartError: Ray cannot be joined or started.
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
-    """
+    """Connect to Ray, or start it (StartError if neither works), for the block. Inside, SIGTERM acts as Ctrl-C."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         _set_handlers(signal.default_int_handler)

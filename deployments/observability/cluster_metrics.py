@@ -39,9 +39,9 @@ class Family:
     about: list[str] = field(default_factory=list)
     samples: dict[str, str] = field(default_factory=dict)
 
-    def count_bytes(self) -> int:
-        """Return the size of its text."""
-        return sum(len(line) + 1 for line in (*self.about, *self.samples.values()))
+    def lines(self) -> list[str]:
+        """Return the lines of its text."""
+        return [*self.about, *self.samples.values()]
 
 
 def find_node_urls() -> list[str | None]:
@@ -56,12 +56,7 @@ def _make_url(address: str, port: int) -> str | None:
 
 
 async def fetch_text(url: str) -> bytes:
-    """Fetch a node's text.
-
-    Raises:
-        httpx2.HTTPError: there is no answer, or an error.
-        ValueError: the text is too long.
-    """
+    """Fetch a node's text; raise httpx2.HTTPError without an answer, ValueError for one that is too long."""
     data = bytearray()
     limits = httpx2.Timeout(_LIMIT_S, connect=_CONNECT_S)
     # Nodes are reached directly, never through a proxy of the environment.
@@ -105,20 +100,15 @@ class ClusterMetrics:
 
     async def _scrape(self) -> str:
         try:
-            urls = await self._list_urls()
-            nodes = [] if urls is None else await self._scrape_nodes(urls)
-            # Without the list of nodes one failure stands for all of them.
-            num_failures = 1 if urls is None else len(urls) - len(nodes)
-            return await asyncio.to_thread(merge_nodes, nodes, num_failures)
+            async with asyncio.timeout(self._limit_s):
+                urls = await asyncio.to_thread(self._urls)
+        except Exception:  # noqa: BLE001 - Ray's head is away; what it raises then is not documented
+            urls = [None]  # one failure stands for all nodes
+        try:
+            nodes = await self._scrape_nodes(urls)
+            return await asyncio.to_thread(merge_nodes, nodes, len(urls) - len(nodes))
         finally:
             self._end_s = time.monotonic()
-
-    async def _list_urls(self) -> Sequence[str | None] | None:
-        try:
-            async with asyncio.timeout(self._limit_s):
-                return await asyncio.to_thread(self._urls)
-        except Exception:  # noqa: BLE001 - Ray's head is away; what it raises then is not documented
-            return None
 
     async def _scrape_nodes(self, urls: Sequence[str | None]) -> list[list[Family]]:
         """Return the families of each node that answers in time."""
@@ -160,7 +150,7 @@ def merge_nodes(nodes: Iterable[list[Family]], num_failures: int) -> str:
     families: dict[str, Family] = {}
     num_bytes = 0
     for node in nodes:
-        num_bytes += sum(family.count_bytes() for family in node)
+        num_bytes += sum(len(line) + 1 for family in node for line in family.lines())
         if num_bytes > _MAX_TEXT_BYTES:
             num_failures += 1
             continue
@@ -170,5 +160,5 @@ def merge_nodes(nodes: Iterable[list[Family]], num_failures: int) -> str:
                 known.samples |= family.samples
     about = [f"# HELP {FAILURES} Nodes that are missing in this answer.", f"# TYPE {FAILURES} gauge"]
     families[FAILURES] = Family(FAILURES, about, {FAILURES: f"{FAILURES} {num_failures}"})
-    lines = (line for _, family in sorted(families.items()) for line in (*family.about, *family.samples.values()))
+    lines = (line for _, family in sorted(families.items()) for line in family.lines())
     return "\n".join(lines) + "\n"

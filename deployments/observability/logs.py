@@ -10,22 +10,16 @@ from contextlib import aclosing, contextmanager
 from cluster.errors import OverloadedError
 from cluster.events import Event
 from cluster.logs import LogOrigin, Value, log_event, log_failure
+from deployments import messages
 from deployments.failures import unwrap_error
-from deployments.messages import (
-    ChunkDecoded,
-    ChunkEncoded,
-    ClipEncoded,
-    Finished,
-    LatentsReady,
-    RequestContext,
-    StageRetried,
-)
+from deployments.messages import RequestContext
+from deployments.observability import metrics as table
 from deployments.observability.metrics import metrics
 
 logger = logging.getLogger("ray.serve")
 
 
-def origin_of(context: RequestContext) -> LogOrigin:
+def make_origin(context: RequestContext) -> LogOrigin:
     """Return the ids that log lines of a request carry."""
     return LogOrigin(context.request_id, context.job_id, context.attempt)
 
@@ -34,7 +28,7 @@ class StageWatch:
     """One attempt of a stage, logged and measured; made by :func:`watch_stage`."""
 
     def __init__(self, context: RequestContext, stage: str, **fields: Value) -> None:
-        self._origin = origin_of(context)
+        self._origin = make_origin(context)
         self._stage = stage
         self._start_s = time.monotonic()
         self._has_ended = False
@@ -66,7 +60,7 @@ class StageWatch:
             return None
         self._has_ended = True
         seconds = time.monotonic() - self._start_s
-        metrics().record_stage(self._stage, outcome, seconds)
+        metrics().record(table.STAGE_SECONDS, seconds, self._stage, outcome)
         return seconds
 
 
@@ -90,7 +84,7 @@ async def watch_request(
     events: AsyncIterator[Event], context: RequestContext, mode: str, waited_s: float = 0.0
 ) -> AsyncGenerator[Event, None]:
     """Pass a request's events on, and log and measure them; ``waited_s`` is the time since its admission."""
-    origin, numbers, start_s = origin_of(context), metrics(), time.monotonic()
+    origin, start_s = make_origin(context), time.monotonic()
     denoised_s: float | None = None
     has_frames = False
     with watch_stage(context, "request", mode=mode, waited_s=waited_s) as watch:
@@ -98,29 +92,21 @@ async def watch_request(
             async for event in stream:
                 now_s = time.monotonic()
                 match event:
-                    case LatentsReady():
+                    case messages.LatentsReady():
                         denoised_s = now_s
-                    case ChunkDecoded() if denoised_s is not None:
-                        numbers.record_first_chunk(now_s - denoised_s)
+                    case messages.ChunkDecoded() if denoised_s is not None:
+                        metrics().record(table.FIRST_CHUNK_SECONDS, now_s - denoised_s)
                         denoised_s = None
-                    case ChunkEncoded() if not has_frames:
+                    case messages.ChunkEncoded() if not has_frames:
                         has_frames = True
-                        numbers.record_first_byte(mode, waited_s + now_s - start_s)
-                    case ClipEncoded():
-                        numbers.count_file_bytes(mode, event.num_bytes)
-                    case StageRetried():
-                        numbers.count_retry(event.stage)
-                        _log_retry(origin, event)
-                    case Finished():
+                        metrics().record(table.FIRST_BYTE_SECONDS, waited_s + now_s - start_s, mode)
+                    case messages.ClipEncoded():
+                        metrics().record(table.FILE_BYTES, event.num_bytes, mode)
+                    case messages.StageRetried():
+                        metrics().record(table.STAGE_RETRIES, 1, event.stage)
+                        about: dict[str, Value] = {"stage": event.stage, "next_attempt": event.attempt}
+                        about |= {"reason": event.reason, "from_step": event.from_step}
+                        log_event(logger, "stage retried", origin, logging.WARNING, **about)
+                    case messages.Finished():
                         watch.finish(mode=mode, num_bytes=event.num_bytes, num_frames=event.num_frames)
                 yield event
-
-
-def _log_retry(origin: LogOrigin, event: StageRetried) -> None:
-    about: dict[str, Value] = {
-        "stage": event.stage,
-        "next_attempt": event.attempt,
-        "reason": event.reason,
-        "from_step": event.from_step,
-    }
-    log_event(logger, "stage retried", origin, logging.WARNING, **about)

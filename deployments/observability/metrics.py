@@ -1,4 +1,4 @@
-"""The app's metrics: one table, the functions that record them, and the text of the whole cluster.
+"""The app's metrics: one table, their recording, and the text of the whole cluster.
 
 Ray transports the values. Each process sends its own to its node's agent every 10 s, and the agent serves them to
 Prometheus, with or without Ray's dashboard. :func:`metrics_text` is therefore up to 10 s old. Setting
@@ -121,7 +121,9 @@ FIRST_BYTE_SECONDS = Metric(
     _LONG_S,
 )
 FILE_BYTES = Metric("cosmos3_file_bytes", "counter", "Bytes of finished files.", ("mode",))
-SENT_BYTES = Metric("cosmos3_sent_bytes", "counter", "Bytes of files that were sent to clients.")
+SENT_BYTES = Metric(
+    "cosmos3_sent_bytes", "counter", "Bytes of files that were sent over HTTP, but for files inside JSON or a zip."
+)
 
 TABLE = (
     *(REQUESTS, REQUEST_SECONDS, REJECTIONS, JOBS, QUEUE_WAIT_SECONDS, STAGE_SECONDS, STAGE_RETRIES, TAKEOVERS),
@@ -144,74 +146,8 @@ class Metrics(GangMeter):
         self._jobs: set[tuple[str, str, str]] = set()
         self._has_logged_failure = False
 
-    def record_request(self, mode: str, outcome: str, seconds: float) -> None:
-        """Count an admitted request that ended as "completed", "failed" or "cancelled", and record its seconds."""
-        self._add(REQUESTS, 1, mode, outcome)
-        self._add(REQUEST_SECONDS, seconds, mode, outcome)
-
-    def count_rejection(self, bound: str) -> None:
-        """Count a request that was rejected for a bound, named as :attr:`cluster.errors.OverloadedError.what`."""
-        self._add(REJECTIONS, 1, bound)
-
-    def set_jobs(self, queued: Mapping[tuple[str, str], int], running: Mapping[tuple[str, str], int]) -> None:
-        """Set the number of jobs by lane and class. Call it every few seconds: gauges expire after 20 s."""
-        now = {
-            (state, lane, service_class): number
-            for state, numbers in (("queued", queued), ("running", running))
-            for (lane, service_class), number in numbers.items()
-        }
-        # Label sets without jobs are reported as zero, not left to expire.
-        self._jobs |= now.keys()
-        for labels in self._jobs:
-            self._add(JOBS, now.get(labels, 0), *labels)
-
-    def record_queue_wait(self, lane: str, service_class: str, seconds: float) -> None:
-        """Record how long a job waited until it was claimed."""
-        self._add(QUEUE_WAIT_SECONDS, seconds, "jobs", lane, service_class)
-
-    def record_stage(self, stage: str, outcome: str, seconds: float) -> None:
-        """Record an attempt of a stage; see :func:`deployments.observability.logs.watch_stage`."""
-        self._add(STAGE_SECONDS, seconds, stage, outcome)
-
-    def count_retry(self, stage: str) -> None:
-        """Count a retry of a stage."""
-        self._add(STAGE_RETRIES, 1, stage)
-
-    def count_takeover(self) -> None:
-        """Count a job that was claimed because its runner had died."""
-        self._add(TAKEOVERS, 1)
-
-    def record_first_chunk(self, seconds: float) -> None:
-        """Record the time from the end of denoising to the first decoded frames."""
-        self._add(FIRST_CHUNK_SECONDS, seconds)
-
-    def record_first_byte(self, mode: str, seconds: float) -> None:
-        """Record the time from admission to the first frames in the file."""
-        self._add(FIRST_BYTE_SECONDS, seconds, mode)
-
-    def count_file_bytes(self, mode: str, num_bytes: int) -> None:
-        """Count the bytes of a finished file."""
-        self._add(FILE_BYTES, num_bytes, mode)
-
-    def count_sent_bytes(self, num_bytes: int) -> None:
-        """Count bytes of a file that were sent to a client."""
-        self._add(SENT_BYTES, num_bytes)
-
-    def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
-        self._add(STEPS, num_steps, lane)
-        self._add(STEP_SECONDS, seconds / num_steps, lane)
-
-    def record_gang_wait(self, lane: str, seconds: float) -> None:
-        self._add(QUEUE_WAIT_SECONDS, seconds, "gang", lane, "")
-
-    def set_busy_share(self, share: float) -> None:
-        self._add(GANG_BUSY_SHARE, share)
-
-    def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
-        self._add(TEXT_CACHE_LOOKUPS, num_hits, "hit")
-        self._add(TEXT_CACHE_LOOKUPS, num_misses, "miss")
-
-    def _add(self, metric: Metric, value: float, *labels: str) -> None:
+    def record(self, metric: Metric, value: float, *labels: str) -> None:
+        """Add to a counter, set a gauge, or count a value in a histogram; ``labels`` in the order of the metric's."""
         if metric.kind == "counter" and value == 0:  # Ray refuses it
             return
         try:
@@ -223,6 +159,32 @@ class Metrics(GangMeter):
             if not self._has_logged_failure:
                 self._has_logged_failure = True
                 logger.exception("%s was not recorded; further such failures are not logged", metric.name)
+
+    def set_jobs(self, queued: Mapping[tuple[str, str], int], running: Mapping[tuple[str, str], int]) -> None:
+        """Set the number of jobs by lane and class. Call it every few seconds: gauges expire after 20 s."""
+        now = {
+            (state, lane, service_class): number
+            for state, numbers in (("queued", queued), ("running", running))
+            for (lane, service_class), number in numbers.items()
+        }
+        # Label sets without jobs are reported as zero, not left to expire.
+        self._jobs |= now.keys()
+        for labels in self._jobs:
+            self.record(JOBS, now.get(labels, 0), *labels)
+
+    def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
+        self.record(STEPS, num_steps, lane)
+        self.record(STEP_SECONDS, seconds / num_steps, lane)
+
+    def record_gang_wait(self, lane: str, seconds: float) -> None:
+        self.record(QUEUE_WAIT_SECONDS, seconds, "gang", lane, "")
+
+    def set_busy_share(self, share: float) -> None:
+        self.record(GANG_BUSY_SHARE, share)
+
+    def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
+        self.record(TEXT_CACHE_LOOKUPS, num_hits, "hit")
+        self.record(TEXT_CACHE_LOOKUPS, num_misses, "miss")
 
     def _limit_labels(self, metric: Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
         labels = tuple(one_line(label, _MAX_LABEL_CHARS) for label in labels)
@@ -242,15 +204,10 @@ def _make_ray_recorder(metric: Metric) -> Record | None:
         return None
     # In a replica Serve adds its own labels; elsewhere these equal ray.util.metrics.
     if metric.kind == "counter":
-        counter = ray_metrics.Counter(metric.name, metric.description, metric.labels)
-        return lambda value, labels: counter.inc(value, labels)
+        return ray_metrics.Counter(metric.name, metric.description, metric.labels).inc
     if metric.kind == "gauge":
-        gauge = ray_metrics.Gauge(metric.name, metric.description, metric.labels)
-        return lambda value, labels: gauge.set(value, labels)
-    histogram = ray_metrics.Histogram(
-        metric.name, metric.description, boundaries=list(metric.bounds), tag_keys=metric.labels
-    )
-    return lambda value, labels: histogram.observe(value, labels)
+        return ray_metrics.Gauge(metric.name, metric.description, metric.labels).set
+    return ray_metrics.Histogram(metric.name, metric.description, list(metric.bounds), metric.labels).observe
 
 
 @cache

@@ -15,7 +15,7 @@ from cluster.transformer_rank import TransformerLoaded
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.preview import PreviewOrder
 from deployments.messages import LatentsReady, RequestContext, StateSaved
-from deployments.observability.logs import origin_of, watch_stage
+from deployments.observability.logs import make_origin, watch_stage
 from deployments.observability.metrics import metrics
 from deployments.stages.gang_leader import GangLeader
 
@@ -59,7 +59,7 @@ class Transformer(GangLeader):
         left_s = context.remaining_s("denoise")
         job = context.try_id, request, left_s, state, clean, previews
         with watch_stage(context, "denoise") as watch:
-            async for update in self._loop.submit(*job, origin_of(context)):
+            async for update in self._loop.submit(*job, make_origin(context)):
                 match update:
                     case SavedState(step, envelope):
                         yield StateSaved(step, envelope.num_bytes, pid)

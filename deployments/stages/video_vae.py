@@ -24,7 +24,7 @@ from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.media.child_reader import read_clip_in_child
 from cosmos3_core.preview import PreviewMap
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
-from deployments.observability.logs import origin_of, watch_stage
+from deployments.observability.logs import make_origin, watch_stage
 from deployments.stages.gang_leader import GangLeader
 from deployments.stages.streams import produce_on_credit, wait_within
 
@@ -67,7 +67,7 @@ class VideoVAEDeployment(GangLeader):
                 "encode",
                 replace(picture, media=b""),
                 TensorEnvelope.of_array(frames),
-                origin_of(context),
+                make_origin(context),
                 phase="encode",
                 timeout_s=self._limits.first_timeout_s,
             )
@@ -112,7 +112,7 @@ class VideoVAEDeployment(GangLeader):
             strips = await self._calls.call("next_strip", clip_id, phase="decode", timeout_s=timeout_s)
             return None if strips[0] is None else strips
 
-        origin = origin_of(context)
+        origin = make_origin(context)
         with watch_stage(context, "decode"):
             try:
                 beginning = self._calls.call(

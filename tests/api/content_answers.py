@@ -11,8 +11,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
-from deployments.api.content import content_answer as answer_record
-from deployments.api.errors import error_response
+from deployments.api.call import error_response
+from deployments.api.content import answer_with_content as answer_record
 from deployments.errors import ApiError
 from deployments.media.store import MediaStore
 from deployments.media.variants import VIDEO, find_or_make

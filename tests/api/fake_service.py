@@ -18,9 +18,10 @@ from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from deployments.api.app import build_api
 from deployments.api.auth import Authenticator
 from deployments.api.bodies import BodyRules
-from deployments.api.media_fields import FetchFile
-from deployments.api.openapi import document
+from deployments.api.openapi import make_document
+from deployments.api.remote_media import FetchFile
 from deployments.api.service import Service
+from deployments.api_model import Model
 from deployments.config import HttpConfig, JobsConfig
 from deployments.director.admission import Admission, RequestCheck
 from deployments.director.guardrail_calls import PromptCheck
@@ -33,7 +34,6 @@ from deployments.media.job_files import JobFiles
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import Accepted, FileStarted, Finished, RequestContext
-from deployments.served_model import Model
 from tests.api.documented import ApiDocument
 from tests.jobs.making import make_lease
 from tests.serve_fakes import Method
@@ -229,7 +229,7 @@ class Api:
             fetch_file=fetch_file,
         )
         self.app = build_api(lambda: self.service)
-        self.documented = ApiDocument(document(self.app, self.service))
+        self.documented = ApiDocument(make_document(self.app, self.service))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         async def in_time() -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from deployments.api import auth as auths
-from deployments.api.auth import LOOPBACK_HOSTS, Authenticator, NoKeys, auth_required, check_keys
+from deployments.api.auth import LOOPBACK_HOSTS, Authenticator, NoKeys, check_keys, requires_key
 from deployments.api.service import Service
 from deployments.config import AppConfig, AuthConfig, HttpConfig, JobsConfig, MediaConfig
 from deployments.errors import JobsError
@@ -236,7 +236,7 @@ def test_without_the_key_database_every_key_is_refused(keyed_api: Api, monkeypat
     ],
 )
 def test_keys_are_required_beyond_loopback(configured: bool | None, host: str, expected: bool) -> None:
-    assert auth_required(configured, host) is expected
+    assert requires_key(configured, host) is expected
 
 
 def test_an_app_with_auth_starts_only_if_a_key_exists(api: Api) -> None:
@@ -297,15 +297,16 @@ def test_an_ingress_requires_a_key_or_its_own_host_name(
         service.jobs.store.close()
         return service
 
-    if auth_required(needs_keys, host):
+    if requires_key(needs_keys, host):
         with pytest.raises(NoKeys, match=f"http.host={host}"):
             open_service()
         keys = KeyStore.open(f"sqlite:///{database}")
         keys.create(NewKey(name="a"))
         keys.close()
     service = open_service()
-    assert (service.auth is not None) == auth_required(needs_keys, host)
+    assert (service.auth is not None) == requires_key(needs_keys, host)
     assert service.hosts == hosts
+    assert service.fetch_file is None, "no URL is fetched unless the operator enables it"
 
 
 # Browsers

@@ -52,7 +52,7 @@ def request_of(kind: str, chunks: Iterable[bytes | None], length: int | str | No
 def read(request: Request, max_bytes: int = 10_000, room: MemoryBudget | None = None) -> dict[str, Any]:
     room = room or MemoryBudget(1 << 30)
     before = room.taken_bytes
-    with room.hold() as held:
+    with room.reserve() as held:
         try:
             return asyncio.run(read_fields(request, max_bytes, held))
         finally:
@@ -249,7 +249,7 @@ def test_bodies_beyond_the_shared_bound_are_refused_unread() -> None:
 
     headers = [(b"content-type", b"application/json"), (b"content-length", b"501")]
     unread = Request({"type": "http", "headers": headers}, never)
-    with room.hold() as other:
+    with room.reserve() as other:
         other.grow_to(500)
         with pytest.raises(OverloadedError, match="bytes of bodies") as caught:
             read(unread, room=room)
@@ -269,7 +269,7 @@ def test_room_is_released_however_reading_ends() -> None:
         with contextlib.nullcontext() if chunks == [b"{}"] else pytest.raises(BodyError):
             read(request_of(JSON, chunks, 900), room=room)
         assert room.taken_bytes == 0
-    with room.hold() as held:
+    with room.reserve() as held:
         held.grow_to(10)
         held.grow_to(5)
         held.grow_to(20)
@@ -278,7 +278,7 @@ def test_room_is_released_however_reading_ends() -> None:
 
 def test_an_announced_but_unsent_body_holds_no_room() -> None:
     room = MemoryBudget(1000)
-    with room.hold() as held:
+    with room.reserve() as held:
         held.check(1000)
         assert room.taken_bytes == 0
         with pytest.raises(OverloadedError):

@@ -22,6 +22,7 @@ from deployments.jobs.job import new_job_id
 from deployments.media.layout import MediaRecord, new_media_id
 from deployments.media.store import MediaEntry, MediaStore
 from tests.api.content_answers import content_answer
+from tests.observability.recording import RecordingMetrics
 from tests.settling import run
 
 DATA = bytes(range(256)) * 4 + b"end"
@@ -114,6 +115,17 @@ def fetch_error(clip: Clip, **asked: Any) -> tuple[int, str, Headers]:
 
 
 # Finished files
+
+
+def test_sent_bytes_of_files_are_counted(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = RecordingMetrics()
+    monkeypatch.setattr(content, "metrics", lambda: recording)
+    clip = Clip(store)
+    clip.finish()
+    fetch(clip)
+    fetch(clip, range="bytes=10-29")
+    fetch(clip, method="HEAD")
+    assert sum(value for (value,) in recording.values_of("cosmos3_sent_bytes")) == len(DATA) + 20
 
 
 def test_a_finished_file_is_sent_whole(store: MediaStore) -> None:

@@ -20,9 +20,9 @@ from cluster.errors import (
     StreamClosed,
 )
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
-from deployments.api.errors import error_response, is_explained
+from deployments.api.call import error_response
 from deployments.errors import BodyError, IdempotencyConflict, JobCancelled, JobsError, LeaseLost, MediaStoreError
-from deployments.failures import explain_failure
+from deployments.failures import explain_error
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,9 @@ def test_each_error_has_its_status(error: Exception, status: int, code: str, ret
     is_hidden = code in ("internal_error", "media_unavailable", "jobs_unavailable", "stage_failed")
     is_hidden |= isinstance(error, GangFailed)
     assert (is_hidden or isinstance(error, HTTPException)) != (str(error) in body["message"])
-    assert is_explained(error) != is_hidden
     if not isinstance(error, HTTPException):
-        assert explain_failure(error) == (code, body["message"]), "the same of a job that failed"
+        explained = explain_error(error)
+        assert explained.is_complete != is_hidden
+        assert (explained.code, explained.message) == (code, body["message"]), "the same of a job that failed"
     if isinstance(error, RequestError):
         assert (body["param"], body["given"], body["allowed"]) == ("seed", "-1", "0 or more")

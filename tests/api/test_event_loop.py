@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.api import body_reader, call, media_fields
+from deployments.api import body_reader, call, field_types
 from deployments.api.fields import Endpoint
 from tests.api.fake_service import Api
 from tests.api.test_remote_references import Remote
@@ -30,8 +30,8 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[threading.Thread]]
 
         monkeypatch.setattr(module, name, note)
 
-    watch(media_fields, "_decode")
-    watch(media_fields, "_text_of")
+    watch(field_types, "_decode")
+    watch(field_types, "_text_of")
     watch(body_reader, "_unique_keys")
     watch(call, "parse_body")
     return seen

@@ -30,7 +30,7 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.api.errors import error_response, is_explained
+from deployments.api.call import error_response
 from deployments.client import AsyncCosmos3Client, Connecting
 from deployments.clients.errors import NotFound, read_failure, read_refusal
 from deployments.clients.handle_transport import _translate
@@ -47,7 +47,7 @@ from deployments.errors import (
     LeaseLost,
     MediaStoreError,
 )
-from deployments.failures import explain_failure
+from deployments.failures import explain_error
 from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions
 from deployments.media.layout import new_media_id
@@ -402,14 +402,16 @@ def test_error_table(api: Api, golden: Golden) -> None:
     for name, error in _ERRORS.items():
         answer = error_response(error)
         headers = dict(answer.headers.items())
-        code, message = explain_failure(error)
+        _, _, code, message, is_complete = explain_error(error)
         text = bytes(answer.body).decode()
+        client = _as_json(read_refusal(answer.status_code, "reason", headers, text, "once"))
+        is_frameworks = isinstance(error, HTTPException)  # raised and read over HTTP alone
         table[name] = {
             "http": {"status": answer.status_code, "headers": headers, "body": text},
-            "is told": is_explained(error),
+            "is told": is_complete or is_frameworks,
             "of a job": [code, message],
-            "client": _as_json(read_refusal(answer.status_code, "reason", headers, text, "once")),
-            "client over handles": _as_json(_translate(error)),
+            "client": client,
+            "client over handles": client if is_frameworks else _as_json(_translate(error)),
             "client of a job": _as_json(read_failure("a-job", code, message)),
         }
     golden.check(table)

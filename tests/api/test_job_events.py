@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import DeadlineExceeded
-from deployments.api import job_events
+from deployments.api import generations
 from deployments.errors import JobsError
 from deployments.jobs import feed as feeds
 from deployments.jobs.job import Progress
@@ -254,7 +254,7 @@ def test_followers_of_a_deleted_job_get_the_deleted_event(api: Api, monkeypatch:
 
 
 def test_a_silent_job_sends_keepalives(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_events, "_KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(generations, "_KEEP_ALIVE_S", 0.05)
     video = api.create()
 
     async def follow() -> None:
@@ -267,7 +267,7 @@ def test_a_silent_job_sends_keepalives(api: Api, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_followers_connection_ends_after_its_time(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_events, "_LONGEST_S", 0.2)
+    monkeypatch.setattr(generations, "_LONGEST_S", 0.2)
     video = api.create()
     answer = api.get(path_of(video))
     assert answer.status_code == 200

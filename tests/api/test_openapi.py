@@ -11,8 +11,8 @@ import pytest
 
 from deployments.api.app import _EXPOSED_HEADERS
 from deployments.api.body_reader import FormText
+from deployments.api.field_types import MEDIA
 from deployments.api.fields import BODIES, Endpoint
-from deployments.api.media_fields import MEDIA
 from deployments.media.variants import CONTENT_VARIANTS
 from tests.api.documented import ApiDocument
 from tests.api.fake_service import CLASSES, Api
@@ -187,7 +187,7 @@ def test_schemas_accept_vllm_omnis_requests(
     """The forms are sent as JSON bodies, in which numbers are numbers."""
     model = BODIES[Endpoint.VIDEOS]
     body = {
-        name: model.type_of(name).read(name, FormText(value)) if name in model.model_fields else value
+        name: model.type_of(name).normalize(name, FormText(value)) if name in model.model_fields else value
         for name, value in form.items()
     }
     assert documented.is_valid(body_of(documented, Endpoint.VIDEOS), body), body
@@ -233,8 +233,8 @@ def test_variants_and_headers_match_the_code(documented: ApiDocument) -> None:
 
 
 def test_a_prefix_is_in_the_servers_url(shared_api: Api) -> None:
-    from deployments.api.openapi import document
+    from deployments.api.openapi import make_document
 
-    assert document(shared_api.app, shared_api.service, "/app")["servers"] == [{"url": "/app"}]
-    assert document(shared_api.app, shared_api.service)["servers"] == [{"url": "/"}]
-    json.dumps(document(shared_api.app, shared_api.service))
+    assert make_document(shared_api.app, shared_api.service, "/app")["servers"] == [{"url": "/app"}]
+    assert make_document(shared_api.app, shared_api.service)["servers"] == [{"url": "/"}]
+    json.dumps(make_document(shared_api.app, shared_api.service))

@@ -22,7 +22,7 @@ from deployments.errors import IdempotencyConflict
 from deployments.jobs.events import JobStarted, VideoEnded
 from deployments.jobs.job import Job
 from deployments.jobs.keys import NewKey
-from deployments.launch.http_client import save_video
+from deployments.launch.app_calls import save_video
 from tests.api.fake_service import DEADLINE_S, Api
 from tests.serve_fakes import Handle
 

@@ -61,7 +61,7 @@ def test_a_url_is_fetched_in_every_notation(body: dict[str, Any], field: str, fe
     assert video["mode"] == "image_to_video"
     assert remote.asked == [(URL, field)]
     assert fetching.director.submitted[0][0].image == RED_PNG
-    assert fetching.service.room.taken_bytes == 0
+    assert fetching.service.body_memory.taken_bytes == 0
 
 
 def test_urls_in_forms_are_fetched(fetching: Api, remote: Remote) -> None:
@@ -90,7 +90,7 @@ def test_a_refused_url_names_its_field(fetching: Api, remote: Remote) -> None:
     remote.files[URL] = bytes(LIMITS.max_media_bytes + 1)
     error = fetching.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "image": URL})
     assert "at most 67108864 bytes" in error["message"]
-    assert fetching.service.room.taken_bytes == 0
+    assert fetching.service.body_memory.taken_bytes == 0
 
 
 def test_a_field_that_is_wrong_is_refused_before_anything_is_fetched(fetching: Api, remote: Remote) -> None:
@@ -109,7 +109,7 @@ def test_a_fetch_reserves_room_for_the_largest_file(make_api: Callable[..., Api]
         first = [asyncio.create_task(api.asend("POST", "/v1/videos", json=body)) for _ in range(2)]
         while len(remote.asked) < 2:
             await asyncio.sleep(0.01)
-        assert api.service.room.taken_bytes > 2 * LIMITS.max_media_bytes
+        assert api.service.body_memory.taken_bytes > 2 * LIMITS.max_media_bytes
         answer = await api.asend("POST", "/v1/videos", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
         assert len(remote.asked) == 2
@@ -117,4 +117,4 @@ def test_a_fetch_reserves_room_for_the_largest_file(make_api: Callable[..., Api]
         assert [(await task).status_code for task in first] == [200, 200]
 
     api.run(ask())
-    assert api.service.room.taken_bytes == 0
+    assert api.service.body_memory.taken_bytes == 0

@@ -266,7 +266,7 @@ def test_a_body_announced_as_too_large_is_refused_unread(make_api: Callable[...,
         for length in (1001, 10**17, 10**40):
             headers = {"content-type": "application/json", "content-length": str(length)}
             assert api.expect_refusal("POST", path, 413, content=never(), headers=headers)["code"] == "body_too_large"
-    assert api.service.room.taken_bytes == 0
+    assert api.service.body_memory.taken_bytes == 0
 
 
 def test_a_body_without_length_is_read_up_to_the_bound(make_api: Callable[..., Api]) -> None:
@@ -290,7 +290,7 @@ def test_a_body_without_length_is_read_up_to_the_bound(make_api: Callable[..., A
             error = api.expect_refusal("POST", path, 413, content=endless(), headers={"content-type": kind})
             assert error["code"] == "body_too_large"
             assert num_read < 10
-    assert api.service.room.taken_bytes == 0
+    assert api.service.body_memory.taken_bytes == 0
     assert api.director.submitted == []
 
 
@@ -311,7 +311,7 @@ def test_a_slow_body_holds_its_place_for_a_bounded_time(
             "POST", path, 408, content=dripping(), headers={"content-type": "application/json"}
         )
         assert error["code"] == "body_too_slow"
-    assert shared_api.service.room.taken_bytes == 0
+    assert shared_api.service.body_memory.taken_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_body_bombs_are_refused(kind: str, body: bytes, status: int, path: str, 
     answer = shared_api.post(path, content=body, headers={"content-type": kind})
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.content) < 3000
-    assert shared_api.service.room.taken_bytes == 0
+    assert shared_api.service.body_memory.taken_bytes == 0
     assert shared_api.director.submitted == []
 
 
@@ -483,7 +483,7 @@ def test_urls_of_internal_hosts_are_never_fetched(is_on: bool, api: Api) -> None
                 assert answer.status_code == 422, answer.text
                 assert "10.0.0.1" not in answer.text
     assert api.director.submitted == []
-    assert api.service.room.taken_bytes == 0
+    assert api.service.body_memory.taken_bytes == 0
     assert set(asked) == ({"inside.example.com"} if is_on else set()), "others are not even looked up"
 
 
@@ -510,4 +510,4 @@ def test_a_listed_url_is_read_like_an_upload(make_api: Callable[..., Api]) -> No
     assert (answer.status_code, answer.json()["mode"]) == (200, "image_to_video")
     ((request, _),) = api.director.submitted
     assert request.image == RED_PNG
-    assert api.service.room.taken_bytes == 0
+    assert api.service.body_memory.taken_bytes == 0

@@ -286,7 +286,7 @@ def test_refusals_of_the_director_become_answers(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert answer.headers.get("retry-after") == retry_after
     assert "secret" not in answer.text
-    assert api.service.room.taken_bytes == 0
+    assert api.service.body_memory.taken_bytes == 0
 
 
 def test_a_full_queue_is_a_429(api: Api) -> None:
@@ -366,7 +366,7 @@ def test_disconnecting_from_sync_stops_the_request(api: Api) -> None:
 
     api.run(leave())
     assert api.director.stream.responses[0].is_cancelled
-    assert api.service.room.taken_bytes == 0
+    assert api.service.body_memory.taken_bytes == 0
 
 
 def test_images_are_generated(api: Api) -> None:

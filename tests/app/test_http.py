@@ -25,7 +25,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import find_offered_modes, resolve
 from deployments.jobs.keys import KeyStore, NewKey
-from deployments.launch.http_client import save_video
+from deployments.launch.app_calls import save_video
 from deployments.messages import Finished
 from tests import mode_inputs
 from tests.settling import eventually

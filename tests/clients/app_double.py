@@ -20,7 +20,7 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.api.errors import error_response
+from deployments.api.call import error_response
 from deployments.errors import ApiError, JobCancelled
 from deployments.jobs.events import event_of_json
 from deployments.jobs.job import SubmitOptions

@@ -16,8 +16,7 @@ import pytest
 from deployments.client import AsyncCosmos3Client, Connecting, Cosmos3Client, Patience
 from deployments.clients.handle_transport import HandleTransport
 from deployments.clients.http_transport import HttpTransport
-from deployments.clients.streams import AsyncVideoStream
-from deployments.clients.transport import Transport
+from deployments.clients.transport import AsyncVideoStream, Transport
 from tests.clients.app_double import App
 
 QUICK = Patience(first_pause_s=0.001, max_pause_s=0.002)

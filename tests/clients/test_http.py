@@ -246,7 +246,7 @@ def test_interrupting_a_submission_cancels_its_video(how: str, call: str, app: A
 def test_interrupting_a_refused_submission_cancels_nothing(
     refused: bool, app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(http_transport, "LEAVE_S", 10.0 if refused else 0.05)
+    monkeypatch.setattr(http_transport, "STOP_S", 10.0 if refused else 0.05)
     app.delay_s = 0.2 if refused else 1000.0
     app.next_errors = [OverloadedError("jobs", 1, 5.0)]
 

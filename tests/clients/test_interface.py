@@ -44,7 +44,7 @@ def test_every_blocking_call_documents_its_result() -> None:
         assert not inspect.iscoroutinefunction(getattr(Cosmos3Client, name))
     names = ("create", "list_all", "events", "content")
     returned = [inspect.signature(getattr(Cosmos3Client, name)).return_annotation for name in names]
-    assert returned == ["Video", "Items", "Items", "Items"]
+    assert returned == ["Video", "BlockingIterator", "BlockingIterator", "BlockingIterator"]
 
 
 # Unary calls

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.clients import http_calls
+from deployments.clients import http_connection
 from deployments.clients.errors import AnswerError
-from deployments.clients.http_calls import EventReader, RawEvent
+from deployments.clients.http_connection import EventReader, RawEvent
 
 TEXT = (
     "\ufeff: hello\n\n"
@@ -40,7 +40,7 @@ def test_invalid_events_are_refused(data: str) -> None:
 
 
 def test_the_length_of_an_event_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_calls, "_MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr(http_connection, "_MAX_EVENT_BYTES", 1000)
     for text in (b"data: " + b"x" * 1000, b"data: x\n" * 200, b"x" * 1001):
         with pytest.raises(AnswerError, match="more than 1000 bytes"):
             list(EventReader().feed(text))

@@ -7,14 +7,14 @@ import pytest
 # From the lowest to the highest. A module imports from its own row and from rows before it.
 LAYERS = (
     ("threads", "errors", "api_model"),
-    ("config", "served_model", "messages", "failures"),
+    ("config", "messages", "failures"),
     ("observability",),
     ("media",),
     ("jobs",),
     ("stages",),
     ("director",),
-    ("api",),
     ("clients",),
+    ("api",),
     ("client", "app"),
     ("launch",),
     ("__main__",),
@@ -64,7 +64,7 @@ def test_every_row_is_there(product):
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("deployments/jobs/a.py", "from deployments.api.errors import error_response"),
+        ("deployments/jobs/a.py", "from deployments.api.call import error_response"),
         ("deployments/jobs/a.py", "def f():\n    from deployments import app"),
         ("deployments/media/a.py", "import deployments.jobs.store"),
         ("deployments/messages.py", "if TYPE_CHECKING:\n    from deployments.jobs.job import Job"),

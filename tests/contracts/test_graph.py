@@ -76,7 +76,7 @@ def test_the_rules_find_what_they_look_for(planted, rule, path, code):
 WITHOUT_TORCH = (
     *("app", "director.director", "director.pipeline", "api.ingress", "stages.prompt_tokenizer"),
     *("stages.mp4_encoder", "stages.transformer", "stages.video_vae", "stages.audio_vae", "stages.guardrail"),
-    *("client", "launch.http_client", "jobs.service", "director.admission", "api.app", "jobs.store"),
+    *("client", "launch.app_calls", "jobs.service", "director.admission", "api.app", "jobs.store"),
 )
 
 

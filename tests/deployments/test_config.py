@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from deployments.config import AppConfig, Autoscaling, ConfigError, MediaConfig, config_file
+from deployments.config import AppConfig, Autoscaling, ConfigError, MediaConfig, find_config_file
 from deployments.media.store import MediaStore
 from deployments.stages.handles import StageHandles
 
@@ -281,7 +281,7 @@ def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None
     from deployments.app import build_app
 
     config = AppConfig.read(
-        config_file("four-gpus"),
+        find_config_file("four-gpus"),
         {"checkpoint": str(tiny_nano), "vae.node_labels": {"zone": "a"}, "transformer.node_labels": {"zone": "!a"}},
     )
     options = {}
@@ -331,11 +331,11 @@ def test_every_process_opens_the_store_itself(tiny_nano: Path, tmp_path: Path) -
 
 def test_a_packaged_file_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert config_file("four-gpus") == CONFIGS / "four-gpus.yaml"
+    assert find_config_file("four-gpus") == CONFIGS / "four-gpus.yaml"
     with pytest.raises(ConfigError, match="one of the packaged autoscaling, four-gpus, laptop, one-gpu"):
-        config_file("five-gpus")
+        find_config_file("five-gpus")
     Path("laptop").write_text("checkpoint: mine\n")
-    assert AppConfig.read(config_file("laptop")).checkpoint == Path("mine")
+    assert AppConfig.read(find_config_file("laptop")).checkpoint == Path("mine")
 
 
 def test_all_errors_are_listed_at_once() -> None:

@@ -26,7 +26,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.writer import ClipFormat
 from deployments import messages
-from deployments.api.errors import error_response, is_explained
+from deployments.api.call import error_response
 from deployments.config import DirectorStage, GuardrailsConfig
 from deployments.director import guardrail_calls
 from deployments.director.clip_pipeline import ClipPipeline, LatentsDecoder
@@ -34,6 +34,7 @@ from deployments.director.guardrail_calls import PromptCheck
 from deployments.director.pipeline import Pipeline
 from deployments.director.resources import PipelineResources
 from deployments.errors import AdapterError, ContentBlocked, GuardrailUnavailable
+from deployments.failures import explain_error
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
 from deployments.stages import guardrail
 from deployments.stages.guardrail import Guardrails
@@ -749,4 +750,4 @@ def test_guardrail_errors_have_their_http_status(error: Exception, status: int, 
     assert (answer.status_code, body["code"], body["message"]) == (status, code, str(error))
     assert body["type"] == ("invalid_request_error" if status == 400 else "server_error")
     assert ("retry-after" in answer.headers) == (status == 503)
-    assert is_explained(error)
+    assert explain_error(error).is_complete

@@ -32,8 +32,8 @@ def _run(device: str, num_devices: int, checkpoint: Path) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     from deployments.config import DEFAULT_CONFIG, AppConfig
+    from deployments.launch.app_calls import check_app
     from deployments.launch.bring_up import run_app
-    from deployments.launch.checkup import check_app
     from deployments.launch.ray_session import Placement, kill_leftovers
 
     layout = layout_for(num_devices)

@@ -24,7 +24,7 @@ from cluster.errors import ShuttingDown
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
-from deployments.launch.http_client import get, save_video
+from deployments.launch.app_calls import get, save_video
 from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, serving
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]

@@ -22,8 +22,8 @@ from schemathesis.generation import GenerationMode
 
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from deployments.api.field_types import MEDIA
 from deployments.api.fields import Endpoint
-from deployments.api.media_fields import MEDIA
 from tests.api.fake_service import UNKNOWN
 from tests.api.generated_cases import CaseSender, iterate_bounds
 from tests.api.hostile import broken_bodies, broken_files

@@ -19,7 +19,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.launch.http_client import save_video
+from deployments.launch.app_calls import save_video
 from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.serve, pytest.mark.gang, pytest.mark.timeout(900)]

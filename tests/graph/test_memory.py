@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cosmos3_core.request import GenerationRequest
-from deployments.launch.http_client import save_video
+from deployments.launch.app_calls import save_video
 from tests.graph.serving import DEADLINE_S, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]

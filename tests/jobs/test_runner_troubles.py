@@ -30,14 +30,14 @@ from deployments.media.objects import DirectoryObjects
 from deployments.messages import Finished, QueuePosition
 from tests.jobs.making import count_queued, new_job
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
-from tests.observability.recording import CallRecorder
+from tests.observability.recording import RecordingMetrics
 
 AWAY = JobsError("the database is away")
 
 
 @pytest.fixture
-def metrics(monkeypatch: pytest.MonkeyPatch) -> CallRecorder:
-    metrics = CallRecorder()
+def metrics(monkeypatch: pytest.MonkeyPatch) -> RecordingMetrics:
+    metrics = RecordingMetrics()
     monkeypatch.setattr(runner_module, "metrics", lambda: metrics)
     return metrics
 
@@ -333,7 +333,7 @@ def test_a_job_that_is_created_during_a_shutdown_is_cancelled(serve: Any, monkey
     serve(body)
 
 
-def test_jobs_are_counted_in_the_metrics(serve: Any, metrics: CallRecorder) -> None:
+def test_jobs_are_counted_in_the_metrics(serve: Any, metrics: RecordingMetrics) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.5)
         done = await service.submit(IMAGE)
@@ -342,42 +342,42 @@ def test_jobs_are_counted_in_the_metrics(serve: Any, metrics: CallRecorder) -> N
         job = await service.submit()
         await service.until(job.job_id, JobState.IN_PROGRESS)
         async with asyncio.timeout(DEADLINE_S):
-            while len(metrics.calls_of("record_queue_wait")) < 2:  # incremented just after the claim commits
+            while len(metrics.values_of("cosmos3_queue_wait_seconds")) < 2:  # incremented just after the claim commits
                 await asyncio.sleep(0.02)
         service.die()
         other = make()
         await other.until(job.job_id, JobState.COMPLETED)
         async with asyncio.timeout(DEADLINE_S):
-            while len(metrics.calls_of("record_request")) < 2:
+            while len(metrics.values_of("cosmos3_requests")) < 2:
                 await asyncio.sleep(0.02)
-        assert [values[:2] for values in metrics.calls_of("record_request")] == [
-            ("text_to_image", "completed"),
-            ("text_to_video", "completed"),
+        assert [labels for _, *labels in metrics.values_of("cosmos3_requests")] == [
+            ["text_to_image", "completed"],
+            ["text_to_video", "completed"],
         ]
-        assert [values[:2] for values in metrics.calls_of("record_queue_wait")] == [
-            ("image", "standard"),
-            ("video", "standard"),
+        assert [labels for _, *labels in metrics.values_of("cosmos3_queue_wait_seconds")] == [
+            ["jobs", "image", "standard"],
+            ["jobs", "video", "standard"],
         ]
-        assert metrics.calls_of("count_takeover") == [()]
+        assert metrics.values_of("cosmos3_takeovers") == [(1,)]
 
     serve(body)
 
 
-def test_jobs_that_leave_the_queue_are_counted(serve: Any, metrics: CallRecorder) -> None:
+def test_jobs_that_leave_the_queue_are_counted(serve: Any, metrics: RecordingMetrics) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
         stream = service.stream()
         await anext(stream)
         await stream.aclose()
         async with asyncio.timeout(DEADLINE_S):
-            while not metrics.calls:
+            while not metrics.values:
                 await asyncio.sleep(0.02)
-        assert [values[:2] for values in metrics.calls_of("record_request")] == [("text_to_video", "cancelled")]
+        assert [labels for _, *labels in metrics.values_of("cosmos3_requests")] == [["text_to_video", "cancelled"]]
 
     serve(body)
 
 
-def test_a_job_released_before_its_first_step_counts_one_wait(serve: Any, metrics: CallRecorder) -> None:
+def test_a_job_released_before_its_first_step_counts_one_wait(serve: Any, metrics: RecordingMetrics) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make()
         first.stage.gate.clear()
@@ -385,14 +385,14 @@ def test_a_job_released_before_its_first_step_counts_one_wait(serve: Any, metric
         await first.until(job.job_id, JobState.IN_PROGRESS)
         await first.runner.release()
         await make().until(job.job_id, JobState.COMPLETED)
-        assert len(metrics.calls_of("record_queue_wait")) == 1
-        assert metrics.calls_of("count_takeover") == []
+        assert len(metrics.values_of("cosmos3_queue_wait_seconds")) == 1
+        assert metrics.values_of("cosmos3_takeovers") == []
 
     serve(body)
 
 
 def test_measured_speed_counts_only_this_runners_steps(
-    serve: Any, monkeypatch: pytest.MonkeyPatch, metrics: CallRecorder
+    serve: Any, monkeypatch: pytest.MonkeyPatch, metrics: RecordingMetrics
 ) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make(checkpoint_period_s=1000.0)
@@ -410,7 +410,7 @@ def test_measured_speed_counts_only_this_runners_steps(
         while second.runner.num_in_hand:
             await asyncio.sleep(0.02)
         assert counted == pytest.approx([job.work / 4])
-        assert len(metrics.calls_of("record_queue_wait")) == 1, "it has waited once"
+        assert len(metrics.values_of("cosmos3_queue_wait_seconds")) == 1, "it has waited once"
 
     serve(body)
 

@@ -17,7 +17,23 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.gang_meter import BusyClock
 from deployments.observability import cluster_metrics
 from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetch_text
-from deployments.observability.metrics import TABLE, Metrics, _make_ray_recorder, metrics
+from deployments.observability.metrics import (
+    FILE_BYTES,
+    FIRST_BYTE_SECONDS,
+    FIRST_CHUNK_SECONDS,
+    QUEUE_WAIT_SECONDS,
+    REJECTIONS,
+    REQUEST_SECONDS,
+    REQUESTS,
+    SENT_BYTES,
+    STAGE_RETRIES,
+    STAGE_SECONDS,
+    TABLE,
+    TAKEOVERS,
+    Metrics,
+    _make_ray_recorder,
+    metrics,
+)
 from tests.observability.recording import RecordingMetrics
 
 PACKAGES = Path(__file__).parents[2]
@@ -29,17 +45,18 @@ def recording() -> RecordingMetrics:
 
 
 def record_everything(ours: Metrics) -> None:
-    ours.record_request("text_to_video", "completed", 12.5)
-    ours.count_rejection("jobs that wait")
+    ours.record(REQUESTS, 1, "text_to_video", "completed")
+    ours.record(REQUEST_SECONDS, 12.5, "text_to_video", "completed")
+    ours.record(REJECTIONS, 1, "jobs that wait")
     ours.set_jobs({("video", "batch"): 2}, {("image", "standard"): 1})
-    ours.record_queue_wait("video", "batch", 3.0)
-    ours.record_stage("denoise", "finished", 10.0)
-    ours.count_retry("decode")
-    ours.count_takeover()
-    ours.record_first_chunk(0.5)
-    ours.record_first_byte("text_to_video", 11.0)
-    ours.count_file_bytes("text_to_video", 1000)
-    ours.count_sent_bytes(500)
+    ours.record(QUEUE_WAIT_SECONDS, 3.0, "jobs", "video", "batch")
+    ours.record(STAGE_SECONDS, 10.0, "denoise", "finished")
+    ours.record(STAGE_RETRIES, 1, "decode")
+    ours.record(TAKEOVERS, 1)
+    ours.record(FIRST_CHUNK_SECONDS, 0.5)
+    ours.record(FIRST_BYTE_SECONDS, 11.0, "text_to_video")
+    ours.record(FILE_BYTES, 1000, "text_to_video")
+    ours.record(SENT_BYTES, 500)
     ours.record_steps("video", 4, 2.0)
     ours.record_gang_wait("video", 1.0)
     ours.set_busy_share(0.75)
@@ -128,12 +145,12 @@ def test_recording_starts_when_ray_does() -> None:
 
 def test_labels_are_bounded_in_number_and_form(recording: RecordingMetrics) -> None:
     for number in range(1000):
-        recording.count_rejection(f"bound {number}\n{'x' * 1000}")
+        recording.record(REJECTIONS, 1, f"bound {number}\n{'x' * 1000}")
     labels = {bound for _, bound in recording.values_of("cosmos3_rejections")}
     assert len(labels) == 257
     assert "other" in labels
     assert all(label.isprintable() and len(label) <= 80 for label in labels)
-    recording.count_rejection("bound 0\n" + "x" * 1000)  # a known label is kept
+    recording.record(REJECTIONS, 1, "bound 0\n" + "x" * 1000)  # a known label is kept
     assert recording.values_of("cosmos3_rejections")[-1][1] != "other"
 
 

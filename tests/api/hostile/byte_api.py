@@ -83,7 +83,7 @@ class ByteApi(Api):
             self.delete_jobs()
         answer: httpx2.Response = self.run(call_app(self.app, sent))
         self.forbidden.check(answer, sent.all_bytes)
-        assert self.service.room.taken_bytes == 0, sent
+        assert self.service.body_memory.taken_bytes == 0, sent
         return answer
 
     def check_accepted(self) -> None:

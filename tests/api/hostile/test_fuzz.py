@@ -19,8 +19,8 @@ import av
 import pytest
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from deployments.api.field_types import MEDIA
 from deployments.api.fields import Endpoint
-from deployments.api.media_fields import MEDIA
 from tests.api.hostile import broken_bodies, broken_files
 from tests.api.hostile.broken_bodies import JSON, MULTIPART, form, part
 from tests.api.hostile.byte_api import ByteApi, Sent

@@ -25,7 +25,7 @@ from deployments.api.bodies import BodyRules, NamedFields, ParsedBody, parse_bod
 from deployments.api.fields import SyncBody
 from deployments.clients.errors import AnswerError, AuthError, UnreachableError
 from deployments.clients.http_transport import make_body
-from deployments.launch.http_client import get, save_video
+from deployments.launch.app_calls import get, save_video
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
 HEADERS = {

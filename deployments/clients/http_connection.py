@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import httpx2
 
 from cosmos3_core.errors import RequestError
+from deployments.api_model import JSON
 from deployments.clients.errors import AnswerError, UnreachableError, read_refusal
 from deployments.clients.transport import Deadline
 
-JSON = "application/json"
 # Longest error message that is read.
 _MAX_TEXT_BYTES = 1 << 16
 _MAX_JSON_BYTES = 1 << 26
@@ -47,11 +47,10 @@ class Connecting:
 DIRECTLY = Connecting()
 
 
-class HttpCalls:
+class HttpConnection:
     """The connections to one app, for one event loop. The path of ``url`` goes before every call's.
 
-    Raises:
-        RequestError: ``url`` is not a URL, or no header can hold the key.
+    Raises RequestError if ``url`` is not a URL, or no header can hold the key.
     """
 
     def __init__(self, url: str, api_key: str | None = None, connecting: Connecting = DIRECTLY) -> None:
@@ -93,8 +92,7 @@ class HttpCalls:
             body: JSON.
             silence_s: longest silence before the connection counts as dead; None: no bound.
 
-        Raises:
-            UnreachableError: also while the answer is read.
+        Raises UnreachableError, also while the answer is read.
         """
         sent = dict(headers or {})
         for name, value in sent.items():
@@ -142,9 +140,9 @@ class Answer:
         """Raise the error of :func:`~deployments.clients.errors.read_refusal` if the server refused."""
         if not 200 <= self.status < 300:
             reason = self._response.reason_phrase
-            raise read_refusal(self.status, reason, self.headers, await self.text(), idempotency_key)
+            raise read_refusal(self.status, reason, self.headers, await self.read_text(), idempotency_key)
 
-    async def parts(self) -> AsyncGenerator[bytes, None]:
+    async def iter_parts(self) -> AsyncGenerator[bytes, None]:
         """Yield the body as it arrives; raise UnreachableError if it breaks off, or is not complete in time."""
         parts, num_bytes = self._response.aiter_raw(), 0
         while True:
@@ -160,24 +158,19 @@ class Answer:
             num_bytes += len(part)
             yield part
 
-    async def events(self) -> AsyncGenerator[RawEvent, None]:
-        """Yield the body's server-sent events.
-
-        Raises:
-            AnswerError: an event is no JSON object, or too long.
-            UnreachableError: as :meth:`parts`.
-        """
+    async def iter_events(self) -> AsyncGenerator[RawEvent, None]:
+        """Yield the body's server-sent events; raise as :meth:`iter_parts` and :meth:`EventReader.feed`."""
         reader = EventReader()
-        async with aclosing(self.parts()) as parts:
+        async with aclosing(self.iter_parts()) as parts:
             async for part in parts:
                 for event in reader.feed(part):
                     yield event
 
-    async def text(self) -> str:
+    async def read_text(self) -> str:
         """Return the body as text, cut off beyond the length of any message."""
         return (await self._read(_MAX_TEXT_BYTES)).decode("utf-8", "replace")
 
-    async def json(self, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    async def read_json(self, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
         """Return the body; raise AnswerError if it is not a JSON object of at most ``max_bytes``."""
         try:
             answer = json.loads(await self._read(max_bytes))
@@ -190,7 +183,7 @@ class Answer:
     async def _read(self, max_bytes: int) -> bytes:
         """Return the body, cut off at a length."""
         content = bytearray()
-        async for part in self.parts():
+        async for part in self.iter_parts():
             content += part
             if len(content) >= max_bytes:
                 break

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.launch import checkup
+from deployments.launch import app_calls
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,10 @@ def test_a_missing_key_is_not_reported_as_wrong(
     def save_video(*arguments: Any, **named: Any) -> None:
         raise AssertionError("it was not let in")
 
-    monkeypatch.setattr(checkup, "get", get)
-    monkeypatch.setattr(checkup, "save_video", save_video)
+    monkeypatch.setattr(app_calls, "get", get)
+    monkeypatch.setattr(app_calls, "save_video", save_video)
     lines: list[str] = []
-    assert not checkup.check_app("http://127.0.0.1:8000", timeout_s=60, report=lines.append, api_key=api_key)
+    assert not app_calls.check_app("http://127.0.0.1:8000", timeout_s=60, report=lines.append, api_key=api_key)
     (line,) = lines
     assert "FAIL" in line
     assert said in line

@@ -26,10 +26,9 @@ from deployments.api import call, exchange
 from deployments.api.bodies import BodyRules, NamedFields, ParsedBody, parse_body
 from deployments.api.body_reader import MemoryBudget
 from deployments.api.call import answer_errors
-from deployments.api.exchange import Exchange
+from deployments.api.exchange import Exchange, answer_when_done, answer_while_growing
 from deployments.api.fields import ImageBody
-from deployments.api.images import images_answer
-from deployments.api.media_answer import live_answer, media_answer
+from deployments.api.generations import answer_with_images
 from deployments.jobs.job import SubmitOptions, new_job_id
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
@@ -114,13 +113,13 @@ def answer_script(
 
     async def work() -> Response:
         async with Exchange.open(director, "mine", timeout_s) as an_exchange:
-            with bodies.hold() as held:
+            with bodies.reserve() as held:
                 options = SubmitOptions(request_id=an_exchange.request_id)
                 await an_exchange.submit(GenerationRequest() if job is None else job.requests[0], options)
                 assert an_exchange.job_id == "video_gen_1"
                 if job is None:
-                    return await media_answer(an_exchange, held, store)
-                return await images_answer(an_exchange, job, options, held, store)
+                    return await answer_when_done(an_exchange, held, store)
+                return await answer_with_images(an_exchange, job, options, held, store)
 
     async def send() -> Answer:
         return await send_answer(await answer_errors(work(), "POST /"))
@@ -164,12 +163,12 @@ def test_a_result_is_never_refused_but_blocks_new_bodies(store: MediaStore) -> N
     finished = store_file(store, replace(FINISHED, actions=ACTIONS))
     assert answer_script(store, Director(script(finished)), room=0)[0] == 200
     room = MemoryBudget(1000)
-    with room.hold() as result, room.hold() as body:
-        result.need(1200)
+    with room.reserve() as result, room.reserve() as body:
+        result.grow_past_bound_by(1200)
         assert room.taken_bytes == 1200
         with pytest.raises(OverloadedError):
             body.grow_to(1)
-    with room.hold() as body:
+    with room.reserve() as body:
         body.grow_to(1000)
 
 
@@ -292,7 +291,7 @@ class Viewer:
         async def work() -> Response:
             async with Exchange.open(director, None, 60) as an_exchange:
                 await an_exchange.submit(GenerationRequest(), SubmitOptions())
-                return await live_answer(an_exchange, store)
+                return await answer_while_growing(an_exchange, store)
 
         async def receive() -> Any:
             await asyncio.sleep(60)
@@ -442,7 +441,7 @@ def test_disconnecting_before_the_first_byte_stops_the_request(store: MediaStore
     async def run() -> None:
         an_exchange = Exchange(director, "r", 60)
         await an_exchange.submit(GenerationRequest(), SubmitOptions())
-        response = await live_answer(an_exchange, store)
+        response = await answer_while_growing(an_exchange, store)
         with pytest.raises(ClientDisconnect):
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
