@@ -107,30 +107,26 @@ class Throughput:
 
 @dataclass(frozen=True)
 class ClassLoad:
-    """The unfinished jobs of one class in a lane, and the work that is left of them."""
+    """The numbers of unfinished jobs of one class in a lane."""
 
     lane: Lane
     service_class: str
     num_queued: int
     num_running: int
-    work_queued: float
-    work_running: float
 
 
 def read_load(connection: Connection, model: str) -> tuple[ClassLoad, ...]:
     """Return the load of a model by lane and class."""
     query = (
-        select(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state, func.count(), func.sum(WORK_LEFT))
+        select(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state, func.count())
         .where(JOBS.c.model == model, JOBS.c.state.in_((QUEUED, IN_PROGRESS)))
         .group_by(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state)
     )
-    found = {(lane, name, state): (num_jobs, work) for lane, name, state, num_jobs, work in connection.execute(query)}
-    loads = []
-    for lane, name in sorted({(lane, name) for lane, name, _ in found}):
-        num_queued, work_queued = found.get((lane, name, QUEUED), (0, 0.0))
-        num_running, work_running = found.get((lane, name, IN_PROGRESS), (0, 0.0))
-        loads.append(ClassLoad(Lane(lane), name, num_queued, num_running, work_queued, work_running))
-    return tuple(loads)
+    found = {(lane, name, state): num_jobs for lane, name, state, num_jobs in connection.execute(query)}
+    return tuple(
+        ClassLoad(Lane(lane), name, found.get((lane, name, QUEUED), 0), found.get((lane, name, IN_PROGRESS), 0))
+        for lane, name in sorted({(lane, name) for lane, name, _ in found})
+    )
 
 
 def find_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -> dict[str, QueuePosition]:
