@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
-from cluster.events import Event, PreviewReady, PreviewsOff, QueuePosition, StepDone, internal
+from cluster.events import Event, internal
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.media.pixels import Frames
 
@@ -126,9 +126,6 @@ class FramesChecked:
 
 
 # Events of a request, in order, with those of :mod:`cluster.events`. ``pid`` is of the process that an event is about.
-
-GangEvent = QueuePosition | StepDone | PreviewReady | PreviewsOff
-"""The events that a gang's leader yields beside a request's tensors."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster.errors import OverloadedError, StageFailed
+from cluster.events import StepDone
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
@@ -32,7 +33,7 @@ from deployments.api.generations import answer_with_images
 from deployments.jobs.job import SubmitOptions, new_job_id
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
-from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
+from deployments.messages import Accepted, FileStarted, Finished, StageRetried
 from tests.api.content_answers import Answer, send_answer
 from tests.serve_fakes import Method
 from tests.settling import run, until

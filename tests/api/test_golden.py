@@ -25,7 +25,7 @@ from cluster.errors import (
     StageFailed,
     StreamClosed,
 )
-from cluster.events import Event, public_names
+from cluster.events import Event, PreviewReady, PreviewsOff, QueuePosition, StepDone, public_names
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
@@ -62,12 +62,12 @@ _ACTIONS = GeneratedActions(np.array([[0.25, -1.0], [0.5, 2.0]], np.float32), "a
 _EVENTS = [
     messages.Accepted("mine", "a-job", 10, 9, 5, ("a note",), 7),
     messages.Tokenized(12, 34, "built-in", 7),
-    messages.QueuePosition(2, 7),
+    QueuePosition(2, 7),
     messages.PictureEncoded(0.5, 3, 7),
-    messages.StepDone(1, 10, 0.75, 0.12345678, 7),
-    messages.PreviewReady(1, 0.75, "image/webp", b"webp", 7),
-    messages.PreviewsOff("the map cannot be read", 7),
-    messages.StepDone(2, 10, 0.5, 0.25, 8),
+    StepDone(1, 10, 0.75, 0.12345678, 7),
+    PreviewReady(1, 0.75, "image/webp", b"webp", 7),
+    PreviewsOff("the map cannot be read", 7),
+    StepDone(2, 10, 0.5, 0.25, 8),
     messages.StateSaved(2, 1000, 7),
     messages.StageRetried("denoise", 2, "a gang died", 2),
     messages.LatentsReady(1.5, ("video",), 7, (8, 9)),

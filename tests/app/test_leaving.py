@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import DeadlineExceeded
+from cluster.events import StepDone
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from tests.app.in_process import InProcessApp
@@ -29,9 +30,9 @@ def is_idle(app: InProcessApp) -> bool:
 
 
 @pytest.mark.parametrize("how", ["close", "drop"])
-@pytest.mark.parametrize("at", [messages.StepDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
+@pytest.mark.parametrize("at", [StepDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
 def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: InProcessApp) -> None:
-    request = LONG if at is messages.StepDone else replace(LONG, num_inference_steps=1, num_frames=401)
+    request = LONG if at is StepDone else replace(LONG, num_inference_steps=1, num_frames=401)
     stream = app.client.stream(request)
     assert any(isinstance(event, at) for event in stream)
     if how == "close":

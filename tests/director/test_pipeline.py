@@ -29,6 +29,7 @@ from cluster.errors import (
     StageFailed,
     StreamClosed,
 )
+from cluster.events import PreviewReady, PreviewsOff, StepDone
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
 from cosmos3_core.preview import PreviewMap, PreviewOrder
@@ -83,7 +84,7 @@ class FakeStages:
         self.decode, self.encode = Method(self._decode), Method(self._encode)
         self.clean: list[Any] = []
         self.previews: list[Any] = []
-        self.preview: messages.PreviewReady | None = None
+        self.preview: PreviewReady | None = None
         self.request_has_pictures = True
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
         self.open, self.return_credit = Method(self.clips.open), Method(self.clips.return_credit)
@@ -114,7 +115,7 @@ class FakeStages:
             raise ObjectLostError("00", None, "")
         if self.is_full:
             raise OverloadedError("requests", 1, 1.0)
-        yield messages.StepDone(1, 2, 0.5, 0.1, 12)
+        yield StepDone(1, 2, 0.5, 0.1, 12)
         if self.preview is not None:
             yield self.preview
         if self.saves:
@@ -251,7 +252,7 @@ def test_previews_are_requested_in_every_attempt_and_come_with_the_steps(tiny_na
 
     stages = FakeStages()
     stages.failures["denoise"] = [GangFailed("step", "died")]
-    stages.preview = messages.PreviewReady(1, 0.5, "image/webp", b"RIFF", 13)
+    stages.preview = PreviewReady(1, 0.5, "image/webp", b"RIFF", 13)
     pipeline = stages.pipeline(tiny_nano, fps=8.0)
     set_order_of_previews(pipeline, order)
     events = run(collect(pipeline))
@@ -282,7 +283,7 @@ def test_unavailable_previews_are_reported_and_the_request_goes_on(
     set_handles(pipeline, audio=getattr(stages, "audio", None))
     set_order_of_previews(pipeline, order)
     events = run(collect(pipeline))
-    (off,) = [event for event in events if isinstance(event, messages.PreviewsOff)]
+    (off,) = [event for event in events if isinstance(event, PreviewsOff)]
     assert reason in off.reason
     assert events.index(off) < kinds(events).index("LatentsReady")
     assert stages.previews == [None]
@@ -764,7 +765,7 @@ def test_the_callers_picture_is_freed_once_encoded(tiny_nano: Path) -> None:
 
     async def follow() -> None:
         async for event in pipeline.events():
-            if isinstance(event, messages.StepDone):
+            if isinstance(event, StepDone):
                 gc.collect()
                 is_gone.append(watched() is None)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cluster.events import StepDone
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
@@ -78,7 +79,7 @@ def test_events_come_in_order_from_one_process_per_stage(app: Any) -> None:
     order += ["ChunkDecoded", "ChunkEncoded", "ClipEncoded", "Finished"]
     assert list(dict.fromkeys(kinds)) == order
 
-    steps = [event for event in events if isinstance(event, messages.StepDone)]
+    steps = [event for event in events if isinstance(event, StepDone)]
     assert [step.num_steps for step in steps] == [6] * len(steps)
     assert [step.step for step in steps] == sorted({step.step for step in steps})
     assert steps[-1].step == 6
@@ -91,7 +92,7 @@ def test_events_come_in_order_from_one_process_per_stage(app: Any) -> None:
         "director": by_kind[messages.Accepted].pid,
         "tokenizer": by_kind[messages.Tokenized].pid,
         "leader": by_kind[messages.LatentsReady].pid,
-        "rank": by_kind[messages.StepDone].pid,
+        "rank": by_kind[StepDone].pid,
         "vae leader": by_kind[messages.ChunkDecoded].pid,
         "vae rank": encoded[0].decoded_by,
         "encoder": encoded[0].pid,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import ClusterError, GangFailed, OutOfMemory
+from cluster.events import StepDone
 from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
@@ -41,8 +42,8 @@ class Victim:
 
 VICTIMS = [
     Victim("tokenizer", messages.Accepted, lambda known: known[messages.Tokenized].pid, "tokenize"),
-    Victim("rank", messages.StepDone, lambda known: known[messages.StepDone].pid, "denoise"),
-    Victim("leader", messages.StepDone, lambda known: known[messages.LatentsReady].pid, "denoise"),
+    Victim("rank", StepDone, lambda known: known[StepDone].pid, "denoise"),
+    Victim("leader", StepDone, lambda known: known[messages.LatentsReady].pid, "denoise"),
     Victim("vae rank", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].decoded_by, "decode"),
     Victim("vae leader", messages.ChunkEncoded, lambda known: known[messages.ChunkDecoded].pid, "decode"),
     Victim("encoder", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].pid, "encode"),
@@ -76,7 +77,7 @@ def test_a_killed_process_is_replaced_and_its_request_ends_in_time(
     expected = reference(LONG).frames_sha256
     known = events_by_kind(app)
     pid = victim.pid_of(known)
-    rank_pid, leader_pid = known[messages.StepDone].pid, known[messages.LatentsReady].pid
+    rank_pid, leader_pid = known[StepDone].pid, known[messages.LatentsReady].pid
 
     start_s = time.monotonic()
     killed, finished, retried, failure = False, None, [], None
@@ -107,7 +108,7 @@ def test_a_killed_process_is_replaced_and_its_request_ends_in_time(
     assert again[messages.Finished].num_frames == 5
     assert eventually(lambda: not is_alive(pid))
     if victim.name in ("rank", "leader"):
-        assert again[messages.StepDone].pid != rank_pid
+        assert again[StepDone].pid != rank_pid
         assert eventually(lambda: not is_alive(rank_pid) and not is_alive(leader_pid))
     if victim.name in ("vae rank", "vae leader"):
         whole_gang = known[messages.ChunkEncoded].decoded_by, known[messages.ChunkDecoded].pid

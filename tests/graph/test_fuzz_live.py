@@ -20,8 +20,8 @@ import httpx2
 import pytest
 from schemathesis.generation import GenerationMode
 
+from cluster.events import StepDone
 from cosmos3_core.request import GenerationRequest
-from deployments import messages
 from deployments.api.field_types import MEDIA
 from deployments.api.fields import Endpoint
 from tests.api.fake_service import UNKNOWN
@@ -113,7 +113,7 @@ def held(start_app: Callable[..., Any]) -> Iterator[HeldApp]:
         http__max_bodies_bytes=2 * _MAX_BODY_BYTES,
     )
     request = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=2)
-    (rank_pid,) = {it.pid for it in app.client.stream(request) if isinstance(it, messages.StepDone)}
+    (rank_pid,) = {it.pid for it in app.client.stream(request) if isinstance(it, StepDone)}
     with httpx2.Client(base_url=app.url, timeout=DEADLINE_S) as http:
         jobs = LiveJobs(http)
         ids = {"completed": jobs.make(), "image": jobs.make(num_frames=1, mode="text_to_image", output="png")}

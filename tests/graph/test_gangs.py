@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.events import QueuePosition, StepDone
 from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.probe import read_frames
@@ -130,7 +131,7 @@ def test_a_ranks_death_ends_its_gang_and_the_next_gang_resumes_from_the_saved_st
     saved = [event.step for event in all_of(messages.StateSaved, events[: events.index(retried)])]
     assert retried.from_step == saved[-1] > 0
     # Exactly the steps after the saved state run again, in order.
-    again = [event.step for event in all_of(messages.StepDone, events[events.index(retried) :])]
+    again = [event.step for event in all_of(StepDone, events[events.index(retried) :])]
     assert again == list(range(saved[-1] + 1, LONG.num_inference_steps + 1))
     assert one(messages.Finished, events).frames_sha256 == undisturbed
     assert not set(before) & set(one(messages.LatentsReady, events).rank_pids)
@@ -148,7 +149,7 @@ def test_a_leaders_death_ends_its_ranks_and_placement_group(gang_app: Any, undis
     groups_before = num_groups()
     events = follow_disturbed(gang_app, lambda: os.kill(known.pid, signal.SIGKILL))
     retried = one(messages.StageRetried, events)
-    again = [event.step for event in all_of(messages.StepDone, events[events.index(retried) :])]
+    again = [event.step for event in all_of(StepDone, events[events.index(retried) :])]
     assert retried.from_step > 0
     assert again == list(range(retried.from_step + 1, LONG.num_inference_steps + 1))
     assert one(messages.Finished, events).frames_sha256 == undisturbed
@@ -213,13 +214,13 @@ def test_an_image_overtakes_queued_videos(gang_app: Any, undisturbed: str) -> No
         try:
             deadline_s = time.monotonic() + DEADLINE_S
             while time.monotonic() < deadline_s:
-                is_full = num_seen(messages.QueuePosition) >= 3 and num_seen(messages.StepDone) >= 1
+                is_full = num_seen(QueuePosition) >= 3 and num_seen(StepDone) >= 1
                 if is_full and num_seen(messages.Tokenized) == len(streams):
                     break
                 time.sleep(0.02)
             events = list(gang_app.client.stream(IMAGE, timeout_s=DEADLINE_S))
             assert num_seen(messages.LatentsReady) == 0, "no video was done before the image"
-            assert all_of(messages.QueuePosition, events)[0].position == 0
+            assert all_of(QueuePosition, events)[0].position == 0
             assert one(messages.Finished, events).frames_sha256 == expected
             while num_seen(messages.Finished) == 0 and time.monotonic() < deadline_s:
                 time.sleep(0.02)

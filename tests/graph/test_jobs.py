@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from cluster.errors import OverloadedError
+from cluster.events import StepDone
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.clients.http_transport import make_body
@@ -147,7 +148,7 @@ def test_beyond_its_bounds_the_app_sends_retry_after(app: Any) -> None:
         ThreadPoolExecutor(11) as pool,
     ):
         running = streams.enter_context(app.client.stream(replace(small, num_inference_steps=1000)))
-        rank_pid = next(event.pid for event in running if isinstance(event, messages.StepDone))
+        rank_pid = next(event.pid for event in running if isinstance(event, StepDone))
         os.kill(rank_pid, signal.SIGSTOP)
         try:
             taken: list[Future[httpx2.Response]] = []

@@ -20,6 +20,7 @@ from typing import Any
 import av
 import pytest
 
+from cluster.events import StepDone
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
@@ -113,7 +114,7 @@ def test_before_a_clip_is_decoded_its_first_fragment_plays_and_the_gang_is_free(
         first_shown_s = time.time()
         next_step_s = 0.0
         for event in app.client.stream(SMALL, timeout_s=DEADLINE_S):
-            if isinstance(event, messages.StepDone):
+            if isinstance(event, StepDone):
                 next_step_s = next_step_s or time.time()
         assert (first.width, first.height) == (128, 96)
         assert 1 + sum(1 for _ in frames) == LONG.num_frames, "a viewer of the growing file sees all of it"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import DeadlineExceeded
+from cluster.events import StepDone
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from tests.settling import eventually
@@ -95,7 +96,7 @@ class StageActivity:
         request = replace(SMALL, num_frames=5, num_inference_steps=2)
         known = {type(event): event for event in app.client.stream(request)}
         chunk = known[messages.ChunkEncoded]
-        self.pids = {"rank": known[messages.StepDone].pid, "vae": chunk.decoded_by, "encoder": chunk.pid}
+        self.pids = {"rank": known[StepDone].pid, "vae": chunk.decoded_by, "encoder": chunk.pid}
         self.director = known[messages.Accepted].pid
 
     def is_idle(self) -> bool:
@@ -117,13 +118,13 @@ def open_clips(app: Any) -> int:
 # tests/app runs all four in one process. On Ray, every run has two: a stream closed during steps, a disconnect.
 @pytest.mark.parametrize(
     "at",
-    [messages.StepDone, pytest.param(messages.ChunkEncoded, marks=pytest.mark.slow)],
+    [StepDone, pytest.param(messages.ChunkEncoded, marks=pytest.mark.slow)],
     ids=["denoising", "decoding"],
 )
 @pytest.mark.parametrize("how", ["close", pytest.param("drop", marks=pytest.mark.slow)])
 def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any) -> None:
     activity = StageActivity(app)
-    stream = app.client.stream(LONG_DENOISE if at is messages.StepDone else LONG_DECODE)
+    stream = app.client.stream(LONG_DENOISE if at is StepDone else LONG_DECODE)
     for event in stream:
         if isinstance(event, at):
             break

@@ -32,6 +32,7 @@ import ray.serve._private.client as serve_client
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from cluster.events import StepDone
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.app import build_app
@@ -213,7 +214,7 @@ def lose_node(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
                 nodes.remove(nodes.zone(event.pid))
         saved = [event.step for event in of_kind(events, messages.StateSaved)]
         retried = of_kind(events, messages.StageRetried)
-        steps = [event.step for event in of_kind(events, messages.StepDone)]
+        steps = [event.step for event in of_kind(events, StepDone)]
         seen[name] = {
             "frames": [event.frames_sha256 for event in of_kind(events, messages.Finished)],
             "saved": saved[:1],

@@ -15,6 +15,7 @@ import pytest
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import StageFailed
+from cluster.events import StepDone
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
 from deployments.config import JobsConfig
@@ -28,14 +29,7 @@ from deployments.jobs.store import JobStore
 from deployments.media.job_files import JobFiles
 from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaStore
-from deployments.messages import (
-    FileStarted,
-    Finished,
-    LatentsReady,
-    RequestContext,
-    StateSaved,
-    StepDone,
-)
+from deployments.messages import FileStarted, Finished, LatentsReady, RequestContext, StateSaved
 
 SMALL = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=4)
 IMAGE = replace(SMALL, num_frames=1)

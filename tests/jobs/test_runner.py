@@ -13,15 +13,12 @@ import numpy as np
 import pytest
 
 from cluster.errors import DeadlineExceeded, OverloadedError, ShuttingDown, StageFailed
+from cluster.events import QueuePosition, StepDone
 from cosmos3_core.errors import RequestError
 from deployments.director.recorder import SAVED_STATE
 from deployments.errors import JobCancelled
 from deployments.jobs.job import Job, JobState, Lane, SubmitOptions
-from deployments.messages import (
-    Finished,
-    QueuePosition,
-    StepDone,
-)
+from deployments.messages import Finished
 from tests.jobs.making import limits_with, read_rate
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 

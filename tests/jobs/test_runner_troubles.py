@@ -18,6 +18,7 @@ from sqlalchemy import update
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
+from cluster.events import QueuePosition
 from deployments.director import recorder as recorder_module
 from deployments.director import runner as runner_module
 from deployments.director.leases import ClaimedJob, LeaseKeeper, StopReason
@@ -27,7 +28,7 @@ from deployments.jobs.job import Job, JobState, Lane, new_job_id
 from deployments.jobs.schema import JOBS
 from deployments.media.job_files import JobFiles
 from deployments.media.objects import DirectoryObjects
-from deployments.messages import Finished, QueuePosition
+from deployments.messages import Finished
 from tests.jobs.making import count_queued, new_job
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 from tests.observability.recording import RecordingMetrics

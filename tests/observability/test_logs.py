@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import GangFailed, OverloadedError
+from cluster.events import StepDone
 from cluster.logs import JsonLines, LogOrigin, RankLog, log_event, log_failure, one_line
 from cosmos3_core.errors import RequestError
 from deployments.messages import (
@@ -23,7 +24,6 @@ from deployments.messages import (
     LatentsReady,
     RequestContext,
     StageRetried,
-    StepDone,
 )
 from deployments.observability import logs
 from deployments.observability.logs import watch_request, watch_stage
