@@ -298,7 +298,7 @@ def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatc
     """Ray's own handler raises `SystemExit`, which would end the command without a message."""
 
     def terminate() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # to this thread: another one would tell Python a moment later
 
     def init(**options: object) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
