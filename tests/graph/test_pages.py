@@ -44,7 +44,7 @@ def test_readme_downloads_by_a_command_that_exists() -> None:
     (download,) = (block.code for block in blocks_of(README) if block.kind == DOWNLOAD)
     program, subcommand, *_ = download.split()
     command = [str(Path(sys.executable).parent / Path(program).name), subcommand, "--help"]
-    flags = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    flags = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     given = re.findall(r"--[a-z-]+", download)
     assert given
     assert all(flag in flags for flag in given)
