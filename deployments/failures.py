@@ -107,7 +107,7 @@ def summarize_error(error: BaseException) -> str:
 
 
 class Explanation(NamedTuple):
-    """What an error means to a caller, who may read the message: it has no addresses, paths or process ids.
+    """An error as callers see it; its message holds no addresses, paths or process ids.
 
     Attributes:
         error: translated.

@@ -118,7 +118,7 @@ def test_another_keys_job_is_not_found(state: str, keyed_api: Api) -> None:
     assert keyed_api.get("/v1/videos", headers=theirs).json()["data"] == []
     assert keyed_api.expect_refusal("GET", f"/v1/videos?after={video['id']}", 422, headers=theirs)["param"] == "after"
     assert keyed_api.get(f"/v1/videos/{video['id']}", headers=mine).json()["status"] == state, (
-        "it was touched by nobody"
+        "the calls with the other key left the job as it was"
     )
 
 

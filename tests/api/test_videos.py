@@ -327,7 +327,7 @@ def test_sync_answers_with_the_file(api: Api) -> None:
     )
     assert json.loads(answer.headers["x-warnings"]) == ["user is without effect: the caller's own note"]
     assert json.loads(answer.headers["x-stage-durations"]) == {"denoise": 1.0, "total": 2.0}
-    assert api.director.stream.responses[0].is_cancelled, "Serve is told that nobody reads on"
+    assert api.director.stream.responses[0].is_cancelled, "the Director's stream is cancelled at the end"
 
 
 def test_sync_with_stream_sends_the_growing_file(api: Api) -> None:

@@ -132,8 +132,9 @@ def num_open(app: Any) -> int:
 
 
 def test_beyond_its_bounds_the_app_sends_retry_after(app: Any) -> None:
-    """The rank is held, so that what is full stays full: the ingress with three calls and a fourth that waits for it,
-    then the queue of jobs. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
+    """While a held rank keeps them full, the ingress (three calls, one waits) and the queue of jobs reject callers.
+
+    They answer with 429, or its typed error over handles, and never with a 5xx.
     """
     assert app.config.ingress.max_ongoing_requests == 3
     assert app.config.ingress.max_queued_requests == 1

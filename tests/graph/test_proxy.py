@@ -1,4 +1,4 @@
-"""What Serve's proxy adds to the HTTP API of tests/app: request ids and routing."""
+"""Serve's proxy in front of the HTTP API: request ids and routing. The API itself is tested in tests/app."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_a_client_that_hangs_up_stops_every_stage(app: Any) -> None:
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
         assert eventually(lambda: not activity.is_idle()), "the request never started"
-    assert eventually(activity.is_idle, IDLE_S), "a stage went on working for nobody"
+    assert eventually(activity.is_idle, IDLE_S), "a stage went on working after its client had left"
     assert eventually(lambda: open_clips(app) == 0)
 
 

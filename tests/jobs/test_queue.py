@@ -427,7 +427,7 @@ def test_a_jobs_position_counts_the_jobs_ahead(store: JobStore) -> None:
     store.record(make_lease(running), Progress(step=1), [])
     store.note_rate(MODEL, Lane.VIDEO, 2.0)
     assert where(store, jobs[2]) == (2, (7.5 + 10.0 + 10.0) / 2.0)
-    assert store.find_positions([reload(store, running), jobs[0]]) == {}, "neither waits, whatever is known of it here"
+    assert store.find_positions([reload(store, running), jobs[0]]) == {}, "neither job is queued in the database"
     sooner = enqueue(store, service_class="interactive", work=10.0)[0]
     assert where(store, sooner) == (1, (7.5 + 10.0) / 2.0)
     assert where(store, jobs[2]) == (3, (7.5 + 30.0) / 2.0)

@@ -535,7 +535,7 @@ def test_playlists_and_scripts_open_nothing(text, mp4, monkeypatch):
 
 
 def test_a_playlist_behind_the_signature_of_an_mp4_opens_nothing(tmp_path, mp4):
-    """What passes for an MP4 reaches one demuxer only, which can open nothing."""
+    """A file with the signature of an MP4 is read by the MP4 demuxer alone, which opens no other file."""
     os.mkfifo(tmp_path / "pipe")  # to open it would block
     playlist = f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/pipe\n{mp4}\n".encode()
     both = both_refuse(struct.pack(">I", 16) + b"ftypisom\0\0\0\0" + playlist)

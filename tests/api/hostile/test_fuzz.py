@@ -90,7 +90,7 @@ def test_the_watch_reports_every_access(watch: Watch) -> None:
     assert not watch.was_accessed(), "it was reported once"
     with pytest.raises(av.FFmpegError):
         av.open(watch.lures.path)
-    assert watch.was_accessed(), "by FFmpeg, which asks nobody"
+    assert watch.was_accessed(), "the watch notices what FFmpeg opens by itself"
     with pytest.raises(AssertionError), watch.expect_no_access("a port"), socket.create_connection((host, int(port))):
         pass
     with pytest.raises(av.FFmpegError):
