@@ -87,7 +87,7 @@ class OldRun:
             "media__keep_s": 3e9,
             "jobs__database": self.url,
             "jobs__keep_s": 3e9,
-            "jobs__lease_s": 5,
+            "jobs__lease_s": 60,  # a runner on a slow machine keeps its jobs
             "auth__enabled": True,
         }
         given = {name: value for name, value in overrides.items() if value is not None}
