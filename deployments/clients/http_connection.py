@@ -8,7 +8,7 @@ import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 
@@ -26,6 +26,8 @@ _CONNECT_S = 10.0
 # Each open stream holds one.
 _MAX_CONNECTIONS = 256
 _MAX_HEADER_CHARS = 256
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -142,29 +144,32 @@ class Answer:
             reason = self._response.reason_phrase
             raise read_refusal(self.status, reason, self.headers, await self.read_text(), idempotency_key)
 
-    async def iter_parts(self) -> AsyncGenerator[bytes, None]:
+    def iter_parts(self) -> AsyncGenerator[bytes, None]:
         """Yield the body as it arrives; raise UnreachableError if it breaks off, or is not complete in time."""
-        parts, num_bytes = self._response.aiter_raw(), 0
+        return self._iterate(self._response.aiter_raw())
+
+    async def iter_events(self) -> AsyncGenerator[RawEvent, None]:
+        """Yield the body's server-sent events; raise as :meth:`iter_parts`, and AnswerError for an invalid event."""
+        last_id = ""
+        async with aclosing(self._iterate(aiter(httpx2.EventSource(self._response, _MAX_EVENT_BYTES)))) as events:
+            async for event in events:
+                if event.data:
+                    # An event without an id repeats the last one's, as the HTML standard says.
+                    yield _parse_event(event, "" if event.id == last_id else event.id)
+                last_id = event.id
+
+    async def _iterate(self, items: AsyncIterator[_T]) -> AsyncGenerator[_T, None]:
         while True:
             with _translate_errors(self._url, self._deadline):
                 try:
-                    part = await self._deadline.wait(anext(parts))
+                    item = await self._deadline.wait(anext(items))
                 except StopAsyncIteration:
                     return
                 except (httpx2.RemoteProtocolError, httpx2.ReadError):
-                    announced = self.headers.get("content-length")
+                    announced, num_bytes = self.headers.get("content-length"), self._response.num_bytes_downloaded
                     size = f"{num_bytes} bytes" if announced is None else f"{num_bytes} of {announced} bytes"
                     raise UnreachableError(f"{self._url}: the answer broke off after {size}") from None
-            num_bytes += len(part)
-            yield part
-
-    async def iter_events(self) -> AsyncGenerator[RawEvent, None]:
-        """Yield the body's server-sent events; raise as :meth:`iter_parts` and :meth:`EventReader.feed`."""
-        reader = EventReader()
-        async with aclosing(self.iter_parts()) as parts:
-            async for part in parts:
-                for event in reader.feed(part):
-                    yield event
+            yield item
 
     async def read_text(self) -> str:
         """Return the body as text, cut off beyond the length of any message."""
@@ -202,55 +207,14 @@ class RawEvent(NamedTuple):
     data: Mapping[str, Any]
 
 
-class EventReader:
-    """Assembles server-sent events, as the HTML standard defines them without ``retry``, from parts of any size."""
-
-    def __init__(self) -> None:
-        self._unread = b""
-        self._lines: list[bytes] = []
-        self._num_bytes = 0
-
-    def feed(self, part: bytes) -> Iterator[RawEvent]:
-        """Yield the events that this part completes; raise AnswerError for one that is no JSON object, or too long."""
-        lines = (self._unread + part).splitlines(keepends=True)
-        # The last line may go on, and an LF may follow its CR.
-        self._unread = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        for line in lines:
-            text = line.rstrip(b"\r\n")
-            if text.startswith(b":"):  # a comment, which keeps the connection alive
-                continue
-            if text:
-                self._lines.append(text)
-                self._num_bytes += len(text)
-                continue
-            event = _parse_event(self._lines)
-            self._lines, self._num_bytes = [], 0
-            if event is not None:
-                yield event
-        if self._num_bytes + len(self._unread) > _MAX_EVENT_BYTES:
-            raise AnswerError(200, f"the app sends an event of more than {_MAX_EVENT_BYTES} bytes")
-
-
-def _parse_event(lines: list[bytes]) -> RawEvent | None:
-    """Return the event of its lines; None where they hold no data."""
-    data: list[str] = []
-    fields = {"event": "message", "id": ""}
-    for line in lines:
-        # A byte order mark may begin the stream.
-        name, _, value = line.decode("utf-8", "replace").removeprefix("\ufeff").partition(":")
-        fields[name] = value.removeprefix(" ")
-        if name == "data":
-            data.append(fields[name])
-    if not data:
-        return None
-    kind, number = fields["event"], fields["id"]
+def _parse_event(event: httpx2.ServerSentEvent, number: str) -> RawEvent:
     try:
-        values = json.loads("\n".join(data))
+        values = json.loads(event.data)
         if not isinstance(values, dict):
             raise TypeError
-        return RawEvent(int(number) if number else None, kind, values)
+        return RawEvent(int(number) if number else None, event.event, values)
     except (ValueError, TypeError):
-        raise AnswerError(200, f"the app sends an event {kind!r} that is no JSON object") from None
+        raise AnswerError(200, f"the app sends an event {event.event!r} that is no JSON object") from None
 
 
 @contextmanager
@@ -259,6 +223,8 @@ def _translate_errors(url: str, deadline: Deadline) -> Iterator[None]:
         yield
     except TimeoutError:
         raise UnreachableError(f"{url}: no complete answer within {deadline.limit_s:g} s") from None
+    except httpx2.SSEError as error:
+        raise AnswerError(200, f"{url}: {error}") from None
     except httpx2.PoolTimeout:
         raise UnreachableError(f"{url}: all {_MAX_CONNECTIONS} connections of this client are busy") from None
     except httpx2.ReadTimeout:
