@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import io
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from cosmos3_core.actions import action_rows
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.image import write_image
 from cosmos3_core.request import GenerationRequest
@@ -24,14 +22,13 @@ from deployments.clients.errors import NotFound, UnreachableError
 from deployments.clients.http_connection import Connecting, HttpConnection
 from deployments.clients.transport import STOP_S, VIDEO, AttachedVideo, Deadline, read_answer, read_event
 from deployments.jobs.events import VideoEvent
-from deployments.jobs.job import SubmitOptions
+from deployments.jobs.job import SubmitOptions, encode_request
 from deployments.jobs.video import Video, VideoDeleted, VideoPage
 
 logger = logging.getLogger(__name__)
 
 # The app sends followers a keep-alive comment every 15 s.
 _SILENCE_S = 60.0
-_DEFAULTS = GenerationRequest(prompt="")
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -185,31 +182,18 @@ def make_body(request: GenerationRequest) -> dict[str, Any]:
 
     Raises RequestError for what cannot travel over HTTP, and for an image or clip that cannot be read.
     """
-    given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    body: dict[str, Any] = {}
-    if given.pop("noise") is not None:
-        raise _make_local_error("noise", "tensors")
-    if (actions := given.pop("actions")) is not None:
-        body["actions"] = action_rows("actions", actions, None).tolist()
-    packed = request.packed()
-    if packed.image is not None:
-        body["image"] = _encode_data_url(packed.image if isinstance(packed.image, bytes) else _encode_png(packed.image))
-    if packed.video is not None:
-        if not isinstance(packed.video, bytes):
-            raise RequestError("video", "frames", "a file over HTTP", "Write them to one, and give its path or bytes.")
-        body["video"] = _encode_data_url(packed.video)
-    del given["image"], given["video"]
-    for name in ("condition_frame_indexes_vision", "guidance_interval"):
-        if isinstance(given[name], Sequence) and not isinstance(given[name], str):
-            given[name] = list(given[name])
-    body |= {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+    body, media = encode_request(request.packed())
     if "append_metadata" in body:
-        raise _make_local_error("append_metadata", body["append_metadata"])
+        value = body["append_metadata"]
+        raise RequestError("append_metadata", value, "the default over HTTP", "Generate in process instead.")
+    for name, data in media.items():
+        if isinstance(data, bytes):
+            body[name] = _encode_data_url(data)
+        elif name == "image":
+            body[name] = _encode_data_url(_encode_png(data))
+        else:
+            raise RequestError(name, "frames", "a file over HTTP", "Write them to one, and give its path or bytes.")
     return body
-
-
-def _make_local_error(name: str, value: Any) -> RequestError:
-    return RequestError(name, value, "the default over HTTP", "Generate in process instead.")
 
 
 def _encode_data_url(data: bytes) -> str:
