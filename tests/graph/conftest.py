@@ -126,7 +126,7 @@ def start_app(ray_cluster: int, tiny_nano: Path, media: Path) -> Iterator[Callab
 def app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
     """The app that most tests share: it runs two videos and queues few, and its ingress answers three calls at once.
 
-    Leases last five seconds and states are saved often, so that what was lost goes on soon. A rank may be silent for
+    Leases last ten seconds and states are saved often, so that what was lost goes on soon. A rank may be silent for
     long: tests hold it.
     """
     overrides = {
@@ -134,7 +134,7 @@ def app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
         "ingress__max_queued_requests": 1,
         "jobs__max_running_videos": 2,
         "jobs__max_queued": 8,
-        "jobs__lease_s": 5,
+        "jobs__lease_s": 10,
         "jobs__checkpoint_period_s": 0.2,
         "transformer__save_period_s": 0.2,
         "transformer__quantum_timeout_s": 1000,
