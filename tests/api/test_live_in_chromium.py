@@ -102,8 +102,8 @@ def site(tmp_path: Path) -> Iterator[tuple[str, MediaStore, Said]]:
         return Response()
 
     routes = [
-        Route("/page/{media_id}", page),
-        Route("/v1/videos/{media_id}/content", content),
+        Route("/page/{media_id:path}", page),
+        Route("/v1/videos/{media_id:path}/content", content),
         Route("/said", listen, methods=["POST"]),
     ]
     server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning", timeout_graceful_shutdown=1))

@@ -48,7 +48,7 @@ def _run(device: str, num_devices: int, checkpoint: Path) -> str:
     placement = Placement(num_cpus=_NUM_CPUS, start_timeout_s=_START_S)
     config = AppConfig.read(DEFAULT_CONFIG, overrides)
     with kill_leftovers(os.environ), run_app(config, placement, lines.append) as app:
-        is_well = check_app(app.url, timeout_s=_START_S, tell=lines.append)
+        is_well = check_app(app.url, timeout_s=_START_S, report=lines.append)
     if not is_well:
         raise AssertionError(" | ".join(lines))
     return f"{layout}, decoded by {num_devices}: up in {app.start_seconds:.0f} s, {lines[-1].split('ok', 1)[1].strip()}"

@@ -91,5 +91,5 @@ def _file(result: GenerationResult) -> str:
         return f"{result.path.suffix[1:]} of {result.path.stat().st_size} bytes"
     info = probe_video(result.path)
     assert info.num_frames == result.request.num_frames
-    assert (info.sound is not None) == (result.request.sound is not None)
+    assert (info.sound is not None) == (result.request.num_sound_latents > 0)
     return f"{info.num_frames} frames, {info.width}x{info.height}" + (", sound" if info.sound else "")
