@@ -14,9 +14,18 @@ from cluster.errors import OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from deployments.errors import JobsError
 from deployments.jobs.job import JobState
+from deployments.jobs.video import poll_after_ms, retry_after_s
 from tests.api.fake_service import UNKNOWN, Api, UnlookedPrompts
 from tests.jobs.making import make_lease
 from tests.mode_inputs import RED_PNG, data_url, png
+
+
+@pytest.mark.parametrize(
+    ("eta_s", "poll_ms", "retry_s"),
+    [(None, 1000, 1), (0.2, 200, 1), (12.0, 1200, 12), (12.1, 1210, 13), (1e5, 5000, 3600)],
+)
+def test_clients_come_back_neither_too_often_nor_too_late(eta_s: float | None, poll_ms: int, retry_s: int) -> None:
+    assert (poll_after_ms(eta_s), retry_after_s(eta_s)) == (poll_ms, retry_s)
 
 
 def test_a_request_becomes_a_job(api: Api) -> None:

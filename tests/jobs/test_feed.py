@@ -37,6 +37,23 @@ def test_any_integer_is_accepted_as_an_event_number(after: int, seqs: list[int],
     assert [event.kind for event in others] == ["started", "completed"]
 
 
+def test_followers_of_one_job_get_what_is_after_their_own_numbers(store: JobStore) -> None:
+    """One poll reads for all of them, from the smallest number on."""
+    store.create(new_job(), LIMITS)
+    job = claim_existing(store)
+    store.finish(make_lease(job), COMPLETED, keep_media_s=60.0)
+
+    async def follow_all() -> list[list[int]]:
+        feed = EventFeed(store, max_followers=3)
+
+        async def follow(after: int) -> list[int]:
+            return [event.seq async for event in feed.follow(job.job_id, after, DEADLINE_S)]
+
+        return await asyncio.gather(*map(follow, (0, 1, 2)))
+
+    assert asyncio.run(follow_all()) == [[1, 2], [2], []]
+
+
 def test_followers_of_long_histories_take_turns(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """No follower waits for another's end, and full pages are read without pause."""
     monkeypatch.setattr(feeds, "_MAX_EVENTS", 10)
