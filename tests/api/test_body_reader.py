@@ -76,12 +76,16 @@ def test_a_large_file_is_spooled_and_complete() -> None:
     assert read(request_of(MULTIPART, chunks), 1 << 23) == {"video": data}
 
 
+def test_a_body_of_just_the_bound_is_read() -> None:
+    assert read(request_of(JSON, [b"{}" + b" " * 5998, b" " * 4000])) == {}
+
+
 @pytest.mark.parametrize(
     ("kind", "chunks", "length", "status", "code"),
     [
         (JSON, [b"{}"], 10_001, 413, "body_too_large"),
         (JSON, [b"{}"], "9" * 5000, 413, "body_too_large"),
-        (JSON, [b" " * 6000] * 2, None, 413, "body_too_large"),
+        (JSON, [b" " * 6000, b" " * 4001], None, 413, "body_too_large"),
         (MULTIPART, [part("image", b"0" * 6000, "a")] * 2, None, 413, "body_too_large"),
         (JSON, [b'{"a": 1, ', GONE], None, 400, "body_incomplete"),
         (MULTIPART, [part("image", b"0" * 100, "a")[:-50], GONE], None, 400, "body_incomplete"),
