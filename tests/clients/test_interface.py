@@ -16,6 +16,7 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Cosmos3Client, Patience, Video
+from deployments.clients import transport
 from deployments.clients.errors import AnswerError, NotFound, NotReady, Unavailable, UnreachableError
 from deployments.errors import ContentBlocked, GuardrailUnavailable, IdempotencyConflict, JobCancelled, JobsError
 from deployments.jobs.events import JobStarted, OtherEvent, VideoEnded, VideoEvent
@@ -223,6 +224,21 @@ def test_a_connection_that_ends_too_early_is_resumed(client: Any, app: App) -> N
     app.end_after = [3, 0, None]
     assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
     assert app.followed == [0, 2, 2]
+
+
+@pytest.mark.parametrize("held_s", [0.0, 60.0])
+def test_a_connection_that_lasted_is_no_failed_try(
+    held_s: float, client: Any, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some proxies end every connection after a minute: a follower of a quiet video must not give up there."""
+    monkeypatch.setattr(transport, "_HELD_S", held_s)
+    video_id = client.create(REQUEST).id
+    app.break_after = [*[0] * (2 * Patience().max_reconnects), None]
+    if held_s:
+        with pytest.raises(UnreachableError):
+            client.wait(video_id)
+    else:
+        assert client.wait(video_id).status == "completed"
 
 
 def test_a_follower_waits_for_a_restarting_app(client: Any, app: App) -> None:
