@@ -20,6 +20,7 @@ TEXT = (
     "id:2\revent:step\rdata:{}\r\r"
     ": keep-alive\n\n"
     "retry: 10\nid: 3\n\n"
+    "event: empty\ndata:\n\n"
     "data: {}\n\n"
     "id: 4\nevent: lost\ndata: {}\n"
 ).encode()
