@@ -10,9 +10,10 @@ from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
 from deployments.failures import is_retryable, summarize_error, translate_error
 from deployments.messages import RequestContext, StageRetried
 
-# Before a retry: a dead replica stays in the routers' tables for a moment.
-_RETRY_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 2.0
+# Before the first retry: a dead replica stays in the routers' tables for a moment. Each further pause is longer, up to
+# the time that a replica takes to start: one that is on a dying node may be tried again and again until then.
+_RETRY_PAUSE_S, _PAUSE_GROWTH, _LONGEST_RETRY_PAUSE_S = 0.2, 10.0, 10.0
+_LONGEST_WAIT_S = 2.0
 
 
 async def retry_stage(
@@ -26,7 +27,7 @@ async def retry_stage(
 ) -> AsyncIterator[Any]:
     """Run a stage until it succeeds or fails for good; yield its items.
 
-    A dead process is retried with the same seed.
+    A dead process is retried with the same seed, after pauses that grow.
 
     Args:
         max_attempts: attempts in all; waits for a full stage do not count.
@@ -39,9 +40,8 @@ async def retry_stage(
         DeadlineExceeded: the request's time is up.
         Exception: as the stage raised, if a retry cannot help.
     """
-    num_attempts = 1
+    num_attempts, num_losses = 1, 0
     while True:
-        pause_s = _RETRY_PAUSE_S
         try:
             async for item in attempt(context):
                 yield item
@@ -50,7 +50,7 @@ async def retry_stage(
             meaning = translate_error(error, stage)
             if isinstance(meaning, OverloadedError) and waits_when_full:
                 event = None
-                pause_s = min(max(meaning.retry_after_s, _RETRY_PAUSE_S), _LONGEST_PAUSE_S)
+                pause_s = min(max(meaning.retry_after_s, _RETRY_PAUSE_S), _LONGEST_WAIT_S)
             elif not is_retryable(error):
                 raise meaning from None
             else:
@@ -60,6 +60,8 @@ async def retry_stage(
                     if isinstance(meaning, GangFailed):
                         raise meaning from None  # it names the phase and the rank
                     raise StageFailed(stage, max_attempts, summarize_error(error)) from None
+                pause_s = min(_RETRY_PAUSE_S * _PAUSE_GROWTH**num_losses, _LONGEST_RETRY_PAUSE_S)
+                num_losses += 1
                 event = StageRetried(stage, context.attempt + 1, summarize_error(error), num_saved_steps())
         if event is not None:
             yield event

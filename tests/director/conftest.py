@@ -10,4 +10,5 @@ from deployments.director import retries
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "_RETRY_PAUSE_S", 0.01)
-    monkeypatch.setattr(retries, "_LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(retries, "_LONGEST_RETRY_PAUSE_S", 0.05)
+    monkeypatch.setattr(retries, "_LONGEST_WAIT_S", 0.05)

@@ -445,7 +445,7 @@ def test_a_job_starts_only_if_the_guardrail_passes_its_prompt(
     failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.director.retries._RETRY_PAUSE_S", 0.01)
-    monkeypatch.setattr("deployments.director.retries._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.director.retries._LONGEST_WAIT_S", 0.01)
     adapter = HalvingAdapter()
     handle = Handle(stage(adapter, monkeypatch))
     handle.failures = list(failures)
@@ -681,7 +681,7 @@ def test_a_full_guardrail_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     handle = Handle(stage(HalvingAdapter(), monkeypatch))
     handle.failures = [BackPressureError(1, 2)]
     clip = Clip(handle, (10, 20))
-    monkeypatch.setattr("deployments.director.retries._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.director.retries._LONGEST_WAIT_S", 0.01)
     assert of_kind(messages.StageRetried, clip.events()) == []
     assert clip.list_shades() == [5, 10]
 
