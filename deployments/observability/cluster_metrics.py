@@ -22,10 +22,12 @@ FAILURES = "ray_cosmos3_scrape_failures"
 
 _LIMIT_S = 5.0  # to learn the nodes, and then to scrape them all
 _CONNECT_S = 2.0  # shorter, so that nodes that are away do not hold the places of others
-_MAX_NODE_BYTES = 8 * 2**20
+_MAX_NODE_BYTES = 8 * 2**20  # of ours and Serve's metrics; Ray's own take many times that after some hours
 _MAX_TEXT_BYTES = 32 * 2**20
 _MAX_AT_ONCE = 128
 _FRESH_S = 1.0
+
+_KEPT_LINES = tuple(start + prefix.encode() for start in (b"", b"# HELP ", b"# TYPE ") for prefix in PREFIXES)
 
 
 @dataclass
@@ -56,17 +58,23 @@ def _make_url(address: str, port: int) -> str | None:
 
 
 async def fetch_text(url: str) -> bytes:
-    """Fetch a node's text; raise httpx2.HTTPError without an answer, ValueError for one that is too long."""
-    data = bytearray()
+    """Fetch the lines of a node's text about ours and Serve's metrics.
+
+    Raise httpx2.HTTPError without an answer, ValueError for one that is too long.
+    """
+    kept, rest, num_bytes = [], b"", 0
     limits = httpx2.Timeout(_LIMIT_S, connect=_CONNECT_S)
     # Nodes are reached directly, never through a proxy of the environment.
     async with httpx2.AsyncClient(trust_env=False, timeout=limits) as client, client.stream("GET", url) as answer:
         answer.raise_for_status()
         async for part in answer.aiter_bytes():
-            data += part
-            if len(data) > _MAX_NODE_BYTES:
-                raise ValueError(f"{url} must send at most {_MAX_NODE_BYTES} bytes")
-    return bytes(data)
+            *lines, rest = (rest + part).split(b"\n")
+            lines = [line for line in lines if line.startswith(_KEPT_LINES)]
+            kept += lines
+            num_bytes += sum(map(len, lines))
+            if num_bytes + len(rest) > _MAX_NODE_BYTES:
+                raise ValueError(f"{url} must send at most {_MAX_NODE_BYTES} bytes about {' and '.join(PREFIXES)}")
+    return b"\n".join([*kept, rest])
 
 
 class ClusterMetrics:
