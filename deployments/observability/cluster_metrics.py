@@ -22,7 +22,7 @@ FAILURES = "ray_cosmos3_scrape_failures"
 
 _LIMIT_S = 5.0  # to learn the nodes, and then to scrape them all
 _CONNECT_S = 2.0  # shorter, so that nodes that are away do not hold the places of others
-_MAX_NODE_BYTES = 8 * 2**20  # of ours and Serve's metrics; Ray's own take many times that after some hours
+_MAX_NODE_BYTES = 16 * 2**20  # of ours and Serve's metrics; Ray's own take many times that after some hours
 _MAX_TEXT_BYTES = 32 * 2**20
 _MAX_AT_ONCE = 128
 _FRESH_S = 1.0
