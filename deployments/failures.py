@@ -94,6 +94,11 @@ def is_retryable(error: BaseException) -> bool:
     return isinstance(unwrap_error(error), _RETRYABLE)
 
 
+def is_unavailable(error: BaseException) -> bool:
+    """Whether a process cannot be reached: its node may be gone, which Ray is sure of only after a while."""
+    return isinstance(unwrap_error(error), ray_errors.ActorUnavailableError)
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether an object of the object store is gone."""
     return isinstance(unwrap_error(error), ray_errors.ObjectLostError)

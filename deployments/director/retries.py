@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
-from deployments.failures import is_retryable, summarize_error, translate_error
+from deployments.failures import is_retryable, is_unavailable, summarize_error, translate_error
 from deployments.messages import RequestContext, StageRetried
 
 # Before the first retry: a dead replica stays in the routers' tables for a moment. Each further pause is longer, up to
 # the time that a replica takes to start: one that is on a dying node may be tried again and again until then.
 _RETRY_PAUSE_S, _PAUSE_GROWTH, _LONGEST_RETRY_PAUSE_S = 0.2, 10.0, 10.0
 _LONGEST_WAIT_S = 2.0
+# Tries that reach nobody do not count for so long: routers learn that a node is gone only after a while.
+_UNAVAILABLE_S = 30.0
 
 
 async def retry_stage(
@@ -30,7 +34,7 @@ async def retry_stage(
     A dead process is retried with the same seed, after pauses that grow.
 
     Args:
-        max_attempts: attempts in all; waits for a full stage do not count.
+        max_attempts: attempts in all; waits for a full stage do not count, nor tries that reach no process at first.
         attempt: runs the stage once.
         num_saved_steps: steps after which the next attempt resumes, for :class:`StageRetried`.
         waits_when_full: whether to wait for a full stage, because an admitted request is never rejected.
@@ -40,7 +44,7 @@ async def retry_stage(
         DeadlineExceeded: the request's time is up.
         Exception: as the stage raised, if a retry cannot help.
     """
-    num_attempts, num_losses = 1, 0
+    num_attempts, num_losses, first_loss_s = 1, 0, math.inf
     while True:
         try:
             async for item in attempt(context):
@@ -54,7 +58,9 @@ async def retry_stage(
             elif not is_retryable(error):
                 raise meaning from None
             else:
-                if not isinstance(meaning, GangLost):  # GangLost: another request caused it
+                first_loss_s = min(first_loss_s, time.monotonic())
+                is_early = is_unavailable(error) and time.monotonic() < first_loss_s + _UNAVAILABLE_S
+                if not isinstance(meaning, GangLost) and not is_early:  # GangLost: another request caused it
                     num_attempts += 1
                 if num_attempts > max_attempts:
                     if isinstance(meaning, GangFailed):
