@@ -12,11 +12,12 @@ from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
 from deployments.failures import is_retryable, is_unavailable, summarize_error, translate_error
 from deployments.messages import RequestContext, StageRetried
 
-# Before the first retry: a dead replica stays in the routers' tables for a moment. Each further pause is longer, up to
-# the time that a replica takes to start: one that is on a dying node may be tried again and again until then.
+# Pause before the first retry, as routers keep a dead replica for a moment. Each further pause is this many times as
+# long, up to the time that a replica takes to start.
 _RETRY_PAUSE_S, _PAUSE_GROWTH, _LONGEST_RETRY_PAUSE_S = 0.2, 10.0, 10.0
 _LONGEST_WAIT_S = 2.0
-# Tries that reach nobody do not count for so long: routers learn that a node is gone only after a while.
+# Attempts that reach no process do not count for this long after the first failure: routers learn late that a node is
+# gone.
 _UNAVAILABLE_S = 30.0
 
 
@@ -34,7 +35,7 @@ async def retry_stage(
     A dead process is retried with the same seed, after pauses that grow.
 
     Args:
-        max_attempts: attempts in all; waits for a full stage do not count, nor tries that reach no process at first.
+        max_attempts: attempts in all; waits for a full stage do not count, nor do early ones that reach no process.
         attempt: runs the stage once.
         num_saved_steps: steps after which the next attempt resumes, for :class:`StageRetried`.
         waits_when_full: whether to wait for a full stage, because an admitted request is never rejected.
@@ -44,7 +45,7 @@ async def retry_stage(
         DeadlineExceeded: the request's time is up.
         Exception: as the stage raised, if a retry cannot help.
     """
-    num_attempts, num_losses, first_loss_s = 1, 0, math.inf
+    num_attempts, next_pause_s, first_failure_s = 1, _RETRY_PAUSE_S, math.inf
     while True:
         try:
             async for item in attempt(context):
@@ -58,16 +59,16 @@ async def retry_stage(
             elif not is_retryable(error):
                 raise meaning from None
             else:
-                first_loss_s = min(first_loss_s, time.monotonic())
-                is_early = is_unavailable(error) and time.monotonic() < first_loss_s + _UNAVAILABLE_S
+                first_failure_s = min(first_failure_s, time.monotonic())
+                is_early = is_unavailable(error) and time.monotonic() < first_failure_s + _UNAVAILABLE_S
                 if not isinstance(meaning, GangLost) and not is_early:  # GangLost: another request caused it
                     num_attempts += 1
                 if num_attempts > max_attempts:
                     if isinstance(meaning, GangFailed):
                         raise meaning from None  # it names the phase and the rank
                     raise StageFailed(stage, max_attempts, summarize_error(error)) from None
-                pause_s = min(_RETRY_PAUSE_S * _PAUSE_GROWTH**num_losses, _LONGEST_RETRY_PAUSE_S)
-                num_losses += 1
+                pause_s = next_pause_s
+                next_pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_RETRY_PAUSE_S)
                 event = StageRetried(stage, context.attempt + 1, summarize_error(error), num_saved_steps())
         if event is not None:
             yield event

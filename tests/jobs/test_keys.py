@@ -81,7 +81,7 @@ def test_any_other_text_is_refused(store: JobStore) -> None:
 
 
 def test_every_refusal_takes_the_same_work(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``verify`` runs one query, one hash and one constant-time comparison, whatever is wrong with the key."""
+    """Reveal by its time nothing about a wrong key: each costs one query, one hash and one constant-time comparison."""
     revoked, revoked_text = store.keys.create(NewKey(name="gone"))
     store.keys.revoke(revoked.key_id)
     _, text = store.keys.create(NewKey(name="a"))
