@@ -123,7 +123,10 @@ class JobsConfig(Strict):
     max_kept: int = Field(20_000, ge=1, description="records of ended jobs; beyond it the oldest are deleted")
     run_timeout_s: float = Field(7200, gt=0, description="for running a job that no caller waits for")
     lease_s: float = Field(20, gt=0, description="a runner that is silent for so long counts as dead")
-    max_attempts: int = Field(3, ge=1, description="runners of a job, each after the death of the one before")
+    max_attempts: int = Field(3, ge=1, description="runs that a job may lose while other jobs are completed")
+    max_fault_wait_s: float | None = Field(
+        None, gt=0, description="how long a job may wait for its surroundings, such as a full disk; null: no bound"
+    )
     checkpoint_period_s: float = Field(30, gt=0, description="between two saved states of a running job")
     poll_s: float = Field(0.5, gt=0, description="between two looks for jobs that other Directors accepted")
     max_followers: int = Field(512, ge=1, description="open streams of events at one ingress replica")

@@ -73,6 +73,10 @@ class JobsError(Cosmos3Error):
     """The jobs database cannot be used; the message says why and what to do."""
 
 
+class TooManyEvents(JobsError):
+    """The history of a job has no room for another event: more than any request can have."""
+
+
 class IllegalTransition(JobsError):
     """A job cannot change its state from ``before`` to ``after``: a bug of ours."""
 

@@ -1,11 +1,14 @@
-"""Translate errors from other processes into our own types, HTTP statuses and messages, and say which are retried."""
+"""Translate errors from other processes into our own types, HTTP statuses and messages, and say what is to blame."""
 
 from __future__ import annotations
 
+import errno
+import os
+from enum import StrEnum
 from typing import NamedTuple
 
 from ray import exceptions as ray_errors
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 
 from cluster.errors import (
     ClusterError,
@@ -23,9 +26,11 @@ from deployments.errors import (
     ContentBlocked,
     GuardrailUnavailable,
     IdempotencyConflict,
+    IllegalTransition,
     JobCancelled,
     JobsError,
     MediaStoreError,
+    TooManyEvents,
 )
 
 # Retry-After when Serve's own queue is full; a guess, as nothing says for how long.
@@ -40,33 +45,62 @@ _RETRYABLE = (
     StateError,  # the gang cannot read a saved state: the next attempt starts without it
 )
 
-_INTERNAL, _MEDIA, _JOBS = "internal_error", "media_unavailable", "jobs_unavailable"
+MEDIA_FAULT, JOBS_FAULT = "media_unavailable", "jobs_unavailable"
+"""Codes of faults that can be probed."""
 
-# The first match wins, so subclasses stand before their bases.
-_STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
-    (CapabilityError, 422, "not_offered"),
-    (RequestError, 422, "invalid_field"),
-    (ContentBlocked, 400, "content_blocked"),
-    (GuardrailUnavailable, 503, "guardrail_unavailable"),
-    (OutOfMemory, 422, "out_of_memory"),
-    (OverloadedError, 429, "overloaded"),
-    (ShuttingDown, 503, "shutting_down"),
-    (DeadlineExceeded, 504, "deadline_exceeded"),
-    (StageFailed, 503, "stage_failed"),
-    (ClusterError, 503, "unavailable"),
-    (MediaError, 503, _MEDIA),
-    (MediaStoreError, 503, _MEDIA),
-    (IdempotencyConflict, 409, "idempotency_conflict"),
-    (JobCancelled, 409, "cancelled"),
-    (JobsError, 503, _JOBS),
+_INTERNAL, _STAGE, _SYSTEM = "internal_error", "stage_failed", "system_error"
+
+
+class Blame(StrEnum):
+    """What an error is blamed on: it decides what becomes of the accepted job that it stopped."""
+
+    REQUEST = "request"
+    """It would fail again: the job ends."""
+    STAGE = "stage"
+    """Processes were lost: the job goes back to the queue. An attempt counts if other jobs are completed meanwhile."""
+    SURROUNDINGS = "surroundings"
+    """A disk, a store or a database failed, or all is full: the job goes back to the queue, and no attempt counts."""
+
+
+# Every error that stops a request. The first match wins, so subclasses stand before their bases; another error is a
+# bug of ours, an internal error that is blamed on the request.
+_TABLE: tuple[tuple[type[BaseException], int, str, Blame], ...] = (
+    (CapabilityError, 422, "not_offered", Blame.REQUEST),
+    (RequestError, 422, "invalid_field", Blame.REQUEST),
+    (ContentBlocked, 400, "content_blocked", Blame.REQUEST),
+    (GuardrailUnavailable, 503, "guardrail_unavailable", Blame.SURROUNDINGS),
+    (OutOfMemory, 422, "out_of_memory", Blame.REQUEST),
+    (OverloadedError, 429, "overloaded", Blame.SURROUNDINGS),
+    (ShuttingDown, 503, "shutting_down", Blame.SURROUNDINGS),
+    (DeadlineExceeded, 504, "deadline_exceeded", Blame.REQUEST),
+    (StageFailed, 503, _STAGE, Blame.STAGE),
+    (ClusterError, 503, "unavailable", Blame.STAGE),
+    (StateError, 503, _STAGE, Blame.STAGE),
+    (MediaError, 503, MEDIA_FAULT, Blame.SURROUNDINGS),
+    (MediaStoreError, 503, MEDIA_FAULT, Blame.SURROUNDINGS),
+    (IdempotencyConflict, 409, "idempotency_conflict", Blame.REQUEST),
+    (JobCancelled, 409, "cancelled", Blame.REQUEST),
+    (IllegalTransition, 503, JOBS_FAULT, Blame.REQUEST),
+    (TooManyEvents, 503, JOBS_FAULT, Blame.REQUEST),
+    (JobsError, 503, JOBS_FAULT, Blame.SURROUNDINGS),
+    (OSError, 503, _SYSTEM, Blame.SURROUNDINGS),
 )
 _LOGGED = "the server's log has it under this request id"
 # Their own messages would show addresses and paths.
 _MESSAGES = {
     _INTERNAL: f"an internal error; {_LOGGED}",
-    _MEDIA: f"the file could not be written or read; {_LOGGED}",
-    _JOBS: f"the database of jobs cannot be used just now; {_LOGGED}",
+    MEDIA_FAULT: f"the file could not be written or read; {_LOGGED}",
+    JOBS_FAULT: f"the database of jobs cannot be used just now; {_LOGGED}",
+    _SYSTEM: f"the operating system refused something; {_LOGGED}",
 }
+# Texts of the system's errors that an operator can do something about, and that hold no path.
+_SYSTEM_TEXTS = tuple(
+    os.strerror(number)
+    for number in (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+    )
+)
 
 
 def unwrap_error(error: BaseException) -> BaseException:
@@ -77,14 +111,11 @@ def unwrap_error(error: BaseException) -> BaseException:
 
 
 def translate_error(error: BaseException, stage: str) -> BaseException:
-    """Translate a full queue or a dead process into one of our own types; return other errors unchanged.
-
-    Retryable errors of our own types are kept: a :class:`GangFailed` says more than a :class:`StageFailed`.
-    """
+    """Translate errors of Ray and Serve (a full queue, a dead process) into our own types; return others unchanged."""
     error = unwrap_error(error)
     if isinstance(error, BackPressureError):
         return OverloadedError(f"calls waiting for the stage {stage!r}", error.args[1], _FULL_QUEUE_S)
-    if isinstance(error, (*_RETRYABLE, DeploymentUnavailableError)) and not isinstance(error, Cosmos3Error):
+    if isinstance(error, ray_errors.RayError | RayServeException) and not isinstance(error, Cosmos3Error):
         return StageFailed(stage, 1, summarize_error(error))
     return error
 
@@ -118,6 +149,7 @@ class Explanation(NamedTuple):
         error: translated.
         status: of its HTTP answer; 500 for an unknown type.
         is_complete: whether the message says everything; otherwise the error must be logged.
+        blame: what it is blamed on.
     """
 
     error: BaseException
@@ -125,18 +157,28 @@ class Explanation(NamedTuple):
     code: str
     message: str
     is_complete: bool
+    blame: Blame
+
+    @property
+    def what(self) -> str:
+        """The fault in a few words, for a job's status and for /ready: ``media_unavailable: Read-only file system``."""
+        text = str(self.error)
+        known = next((it for it in _SYSTEM_TEXTS if it in text), "")
+        if isinstance(self.error, StageFailed):
+            known = self.error.stage
+        return f"{self.code}: {known}" if known else self.code
 
 
 def explain_error(error: BaseException) -> Explanation:
     """Look up what an error means to a caller."""
     error = translate_error(error, "director")
     if isinstance(error, ApiError):
-        return Explanation(error, error.status, error.code, error.message, is_complete=True)
-    found = ((status, code) for kind, status, code in _STATUS if isinstance(error, kind))
-    status, code = next(found, (500, _INTERNAL))
+        return Explanation(error, error.status, error.code, error.message, is_complete=True, blame=Blame.REQUEST)
+    found = ((status, code, blame) for kind, status, code, blame in _TABLE if isinstance(error, kind))
+    status, code, blame = next(found, (500, _INTERNAL, Blame.REQUEST))
     hidden = _MESSAGES.get(code)
     if isinstance(error, StageFailed):  # its reason is Ray's text, with addresses and process ids
         hidden = f"the stage {error.stage!r} failed {error.attempts} times; {_LOGGED}"
     elif isinstance(error, GangFailed):
         hidden = f"a gang of processes failed during {error.phase!r}; {_LOGGED}"
-    return Explanation(error, status, code, hidden or str(error), is_complete=hidden is None)
+    return Explanation(error, status, code, hidden or str(error), is_complete=hidden is None, blame=blame)

@@ -80,7 +80,7 @@ def error_response(error: BaseException) -> JSONResponse:
     if isinstance(error, HTTPException):  # the framework's own: no such path, another method
         message = f"{error.detail}; /openapi.json has all routes"
         return _response(error.status_code, "no_such_route", message, dict(error.headers or {}))
-    error, status, code, message, _ = explain_error(error)
+    error, status, code, message, *_ = explain_error(error)
     if isinstance(error, ApiError):
         return _response(status, code, message, error.headers)
     headers, details = {}, {}

@@ -147,7 +147,7 @@ class HandleTransport:
 
 def _translate(raised: BaseException) -> BaseException:
     """Return the error that the HTTP transport would raise; errors in ``_SHARED`` keep more than HTTP carries."""
-    error, status, code, message, _ = explain_error(raised)
+    error, status, code, message, *_ = explain_error(raised)
     if isinstance(error, _SHARED):
         return error
     if status == 500:

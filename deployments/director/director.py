@@ -200,6 +200,10 @@ class Director:
         """
         return await self._jobs.read_content(await self._jobs.get(job_id, owner), start, num_bytes, variant)
 
+    async def list_faults(self) -> list[str]:
+        """Return what keeps jobs from being begun, in a few words each; empty if nothing does."""
+        return self._runner.breaker.faults
+
     async def drain(self) -> int:
         """Reject new requests from now on; return the number of jobs in hand."""
         self._is_draining = True
@@ -219,9 +223,13 @@ class Director:
         return int(await self._resources.clips.num_open.remote())
 
     def _context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
-        """Return the context of a new request, under a fresh job id; raise ShuttingDown while the app is stopped."""
+        """Return the context of a new request, under a fresh job id.
+
+        Raise ShuttingDown while the app is stopped, ApiError 503 while a fault keeps jobs from being begun.
+        """
         if self._is_draining:
             raise ShuttingDown(RESTART_S)
+        self._runner.breaker.check()
         limit_s = math.inf if timeout_s is None else checks.real("timeout_s", timeout_s, 0, math.inf)
         limit_s = min(self._config.http.request_timeout_s, limit_s)
         return RequestContext.new(options.request_id, limit_s, new_job_id())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -36,6 +36,7 @@ class StopReason(StrEnum):
 
     LOST = "it was deleted, or another runner has it"
     DATABASE_AWAY = "the database of jobs cannot be used"
+    UNRECORDABLE = "nothing more about it can be recorded"
     GIVEN_BACK = "given back"
     SHUT_DOWN = "the app is being stopped"
     CALLER_LEFT = "its caller has left"
@@ -49,13 +50,13 @@ class ClaimedJob:
     Attributes:
         job: as claimed; its ``media_id`` is that of an earlier run.
         is_interruptible: whether stopping cancels the task; its begin and its end run to completion.
-        database_error: the error behind ``StopReason.DATABASE_AWAY``.
+        database_error: the error behind ``StopReason.UNRECORDABLE``.
         media_id: of the file that this run writes; "" before.
     """
 
     job: Job
     task: asyncio.Task[None] | None = None
-    claimed_s: float = field(default_factory=time.monotonic)
+    claimed_s: float = field(default_factory=lambda: time.monotonic())
     is_interruptible: bool = False
     stop_reason: StopReason | None = None
     database_error: JobsError | None = None
@@ -74,13 +75,7 @@ class ClaimedJob:
         if isinstance(error, LeaseLost):
             self.stop(StopReason.LOST)
         else:
-            logger.error("%s is given up: %s", self.job.job_id, error)
-            self.stop(StopReason.DATABASE_AWAY, error)
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether nothing about it can be recorded any more."""
-        return self.stop_reason in (StopReason.LOST, StopReason.DATABASE_AWAY)
+            self.stop(StopReason.UNRECORDABLE, error)
 
     @property
     def stop_error(self) -> Exception:
@@ -88,7 +83,9 @@ class ClaimedJob:
         if self.stop_reason is StopReason.SHUT_DOWN:
             return ShuttingDown(RESTART_S)
         if self.stop_reason is StopReason.DATABASE_AWAY:
-            return JobsError(f"{self.job.job_id} was given up: {self.database_error or self.stop_reason}")
+            return JobsError(f"{self.job.job_id}: {self.stop_reason}")
+        if self.database_error is not None:
+            return self.database_error
         return JobCancelled(self.job.job_id, self.stop_reason or "its pipeline ended without a result")
 
 
@@ -97,14 +94,21 @@ class LeaseKeeper:
 
     Args:
         claimed: the runner's jobs by id; the runner adds and removes them.
-
-    Attributes:
-        patience_s: how long a job keeps running while the database is away.
+        on_failure: called whenever the leases cannot be renewed.
     """
 
-    def __init__(self, store: JobStore, runner_id: str, lease_s: float, claimed: Mapping[str, ClaimedJob]) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        runner_id: str,
+        lease_s: float,
+        claimed: Mapping[str, ClaimedJob],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
         self._store, self._runner_id, self._lease_s, self._claimed = store, runner_id, lease_s, claimed
-        self.patience_s = _PATIENCE_LEASES * lease_s
+        self._on_failure = on_failure
+        # How long a job keeps running while the database is away.
+        self._patience_s = _PATIENCE_LEASES * lease_s
         # A thread of its own: renewals must not wait behind file writes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="leases")
 
@@ -116,11 +120,11 @@ class LeaseKeeper:
             await asyncio.sleep(min(period_s, _CANCEL_POLL_S if self._claimed else self._lease_s))
             claimed = dict(self._claimed)
             start_s = time.monotonic()
-            limit_s = max(renewed_s + self.patience_s - start_s, _SHORTEST_TRY_S)
+            limit_s = max(renewed_s + self._patience_s - start_s, _SHORTEST_TRY_S)
             try:
                 lost, cancelling = await self._renew(list(claimed.values()), limit_s)
-            except Exception:  # too late, or an error of the database
-                logger.exception("leases of jobs cannot be renewed")
+            except Exception as error:  # noqa: BLE001 - too late, or an error of the database: the runner reports it
+                self._on_failure(error)
                 self._give_up_expired(list(claimed.values()), renewed_s)
                 continue
             renewed_s = start_s
@@ -140,5 +144,5 @@ class LeaseKeeper:
     def _give_up_expired(self, claimed: Sequence[ClaimedJob], renewed_s: float) -> None:
         """Stop jobs that another runner may have taken over: they must not run twice for long."""
         for each in claimed:
-            if time.monotonic() - max(renewed_s, each.claimed_s) > self.patience_s:
+            if time.monotonic() - max(renewed_s, each.claimed_s) > self._patience_s:
                 each.stop(StopReason.DATABASE_AWAY)

@@ -15,9 +15,11 @@ import numpy as np
 from cluster.envelope import TensorEnvelope
 from cluster.events import Event, PreviewsOff, QueuePosition, StepDone
 from cosmos3_core.errors import MediaError
-from deployments.errors import IllegalTransition, JobsError, LeaseLost
+from deployments.config import JobsConfig
+from deployments.errors import IllegalTransition, JobsError, LeaseLost, TooManyEvents
 from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, Outcome, Progress
+from deployments.jobs.queue import Fault
 from deployments.jobs.store import JobStore, Lease
 from deployments.media.job_files import JobFiles
 from deployments.messages import FileStarted, Finished, LatentsReady, PictureEncoded, Tokenized, round_seconds
@@ -54,13 +56,12 @@ class Recorder:
     end waits for the writes before it.
 
     Args:
-        on_lost: called once, with the reason, when nothing more can be written: the runner must stop the job.
-        patience_s: how long the database may be away.
+        on_lost: called once, with the reason, when nothing more can be written: the runner must stop the job. While the
+            database is away, what is to be written waits.
     """
 
-    def __init__(self, store: JobStore, job: Job, on_lost: Callable[[JobsError], None], patience_s: float) -> None:
+    def __init__(self, store: JobStore, job: Job, on_lost: Callable[[JobsError], None]) -> None:
         self._store = store
-        self._patience_s = patience_s
         self._job, self._lease = job, Lease(job.job_id, job.lease)
         # The caller of an attached job gets its events directly.
         self._has_followers = job.attached_to is None
@@ -97,16 +98,10 @@ class Recorder:
     async def end(self, outcome: Outcome, *, keep_media_s: float) -> Job:
         """Write the job's end after all noted events; return the ended job.
 
-        Raise LeaseLost if the job is no longer this runner's, JobsError if the database cannot be used.
+        Raise LeaseLost if the job is no longer this runner's.
         """
-        self._is_ending = True
-        self._hurry.set()
-        if self._writing is not None:
-            await asyncio.shield(self._writing)
-        await self._write()
-        if self._failure is not None:
-            raise self._failure
-        retrier = Retrier(self._patience_s)
+        await self._finish_writes()
+        retrier = Retrier()
         try:
             ended: Job = await retrier.run(lambda: self._store.finish(self._lease, outcome, keep_media_s=keep_media_s))
         except LeaseLost:
@@ -117,6 +112,24 @@ class Recorder:
                 raise
             return found
         return ended
+
+    async def postpone(self, fault: Fault, config: JobsConfig) -> Job:
+        """Put the job back after a fault, after all noted events; return it, which has ended if it must not wait.
+
+        Raise LeaseLost if the job is no longer this runner's.
+        """
+        await self._finish_writes()
+        job: Job = await Retrier().run(lambda: self._store.postpone(self._lease, fault, config))
+        return job
+
+    async def _finish_writes(self) -> None:
+        self._is_ending = True
+        self._hurry.set()
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+        await self._write()
+        if isinstance(self._failure, LeaseLost):
+            raise self._failure
 
     def _add(self, event: Event | None, progress: Mapping[str, Any]) -> None:
         if event is not None and self._has_followers:
@@ -158,33 +171,27 @@ class Recorder:
             return
         self._progress, self._events = Progress(), []
         try:
-            await Retrier(self._patience_s).run(lambda: self._store.record(self._lease, progress, events))
+            await Retrier().run(lambda: self._store.record(self._lease, progress, events))
         except JobsError as error:
             self._failure = error
             self._on_lost(error)
 
 
 class Retrier:
-    """Repeats writes for up to ``patience_s`` while the database is away; ``num_failed`` tries have failed."""
+    """Repeats writes while the database is away, for as long as it takes; ``num_failed`` tries have failed."""
 
-    def __init__(self, patience_s: float) -> None:
-        self._until_s = time.monotonic() + patience_s
+    def __init__(self) -> None:
         self.num_failed = 0
 
     async def run(self, write: Callable[[], Any]) -> Any:
-        """Run ``write`` until it succeeds, and return its result.
-
-        Raise LeaseLost or IllegalTransition at once, other errors of the database after ``patience_s``.
-        """
+        """Run ``write`` until it succeeds, and return its result; raise what another try would not change."""
         while True:
             try:
                 return await run_in_thread(write)
-            except (LeaseLost, IllegalTransition):
+            except (LeaseLost, IllegalTransition, TooManyEvents):
                 raise
             except JobsError:
                 self.num_failed += 1
-                if time.monotonic() + _TRY_PAUSE_S > self._until_s:
-                    raise
             await asyncio.sleep(_TRY_PAUSE_S)
 
 

@@ -26,14 +26,15 @@ from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.request import ResolvedRequest
 from deployments.config import JobsConfig
 from deployments.director.admission import RequestCheck
+from deployments.director.breaker import Breaker
 from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, StopReason
 from deployments.director.pipeline import Pipeline
 from deployments.director.recorder import SAVED_STATE, Recorder, Retrier, SavedStates, result_of
-from deployments.errors import JobCancelled, LeaseLost
-from deployments.failures import explain_error, translate_error
+from deployments.errors import JobCancelled, JobsError, LeaseLost
+from deployments.failures import JOBS_FAULT, MEDIA_FAULT, Blame, Explanation, explain_error, translate_error
 from deployments.jobs.estimates import Throughput
 from deployments.jobs.job import Job, JobState, Lane, Outcome, decode_request
-from deployments.jobs.queue import ClaimRequest
+from deployments.jobs.queue import ClaimRequest, Fault
 from deployments.jobs.service import JobService
 from deployments.jobs.store import Lease
 from deployments.messages import FileStarted, Finished, RequestContext
@@ -47,6 +48,8 @@ logger = logging.getLogger("ray.serve")
 _POSITION_PERIOD_S = 1.0
 # After a failed claim: the database may be away.
 _PAUSE_S = 1.0
+# Longest wait of a runner that is stopped for the database.
+_RELEASE_S = 20.0
 
 
 OnSaved = Callable[[int, TensorEnvelope], None]
@@ -60,7 +63,9 @@ class _Caller:
 
     context: RequestContext
     is_job_created: bool = False
-    items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)  # bounded by its steps and chunks
+    items: asyncio.Queue[Event | Exception | None] = field(
+        default_factory=asyncio.Queue
+    )  # bounded by its steps and chunks
     is_job_running: bool = False
     is_complete: bool = False  # the last item is in the queue
 
@@ -85,7 +90,9 @@ class JobRunner:
         self._claimed: dict[str, ClaimedJob] = {}
         self._throughput: dict[Lane, Throughput] = {}
         self._wake = asyncio.Event()
-        self._leases = LeaseKeeper(jobs.store, self.runner_id, config.lease_s, self._claimed)
+        self._leases = LeaseKeeper(jobs.store, self.runner_id, config.lease_s, self._claimed, self._report_failure)
+        probes = {MEDIA_FAULT: self._media.check, JOBS_FAULT: self._check_store}
+        self.breaker = Breaker(probes, self._retry_postponed)
         self._is_draining = self._is_released = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._claiming = self._spawn(self._claim_jobs())
@@ -117,8 +124,9 @@ class JobRunner:
         claimed = list(self._claimed.values())
         for each in claimed:
             each.stop(StopReason.GIVEN_BACK if each.job.attached_to is None else StopReason.SHUT_DOWN)
-        tasks = [each.task for each in claimed if each.task is not None]
-        await asyncio.gather(self._cancel_all(queued), *tasks, return_exceptions=True)
+        ending = [self._spawn(self._cancel_all(queued)), *(each.task for each in claimed if each.task is not None)]
+        # Not for ever: while the database is away, jobs keep their leases, and the next runner claims them after those.
+        await asyncio.wait(ending, timeout=_RELEASE_S)
 
     def _turn_away(self, caller: _Caller) -> bool:
         """Report the shutdown to a waiting caller; return whether its job exists and must be cancelled."""
@@ -194,16 +202,18 @@ class JobRunner:
             self._wake.clear()
             try:
                 for lane in Lane:
-                    while self._has_room(lane) and await self._claim_next(lane):
+                    while self._may_claim(lane) and await self._claim_next(lane):
                         pass
-            except Exception:  # the database may be away: try again
-                logger.exception("jobs cannot be claimed")
+            except Exception as error:  # noqa: BLE001 - the database may be away: try again
+                self._report_failure(error)
                 await asyncio.sleep(_PAUSE_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.poll_s):
                     await self._wake.wait()
 
-    def _has_room(self, lane: Lane) -> bool:
+    def _may_claim(self, lane: Lane) -> bool:
+        if not self.breaker.may_claim(len(self._claimed)):
+            return False
         limits = {Lane.IMAGE: self._config.max_running_images, Lane.VIDEO: self._config.max_running_videos}
         return sum(each.job.lane == lane for each in self._claimed.values()) < limits[lane]
 
@@ -234,7 +244,7 @@ class JobRunner:
     async def _run(self, claimed: ClaimedJob, caller: _Caller | None) -> None:
         """Run one claimed job to its end. Raises nothing."""
         job = claimed.job
-        recorder = Recorder(self._store, job, claimed.give_up, self._leases.patience_s)
+        recorder = Recorder(self._store, job, claimed.give_up)
         finished: Finished | None = None
         failure: Exception | None = None
         if claimed.stop_reason is None:
@@ -254,8 +264,9 @@ class JobRunner:
                 translated = translate_error(error, "director")
                 failure = translated if isinstance(translated, Exception) else error
             claimed.is_interruptible = False
+        has_ended = True
         try:
-            await self._end(claimed, recorder, finished, failure)
+            has_ended = await self._end(claimed, recorder, finished, failure)
         except LeaseLost:
             claimed.stop(StopReason.LOST)
             failure = failure or claimed.stop_error
@@ -267,8 +278,8 @@ class JobRunner:
         self.wake()
         if caller is not None:
             # Only after the end is in the database: before, the job might still run again.
-            caller.is_complete = True
-            caller.items.put_nowait(failure or finished or claimed.stop_error)
+            caller.is_complete, caller.is_job_running = has_ended, False
+            caller.items.put_nowait((failure or finished or claimed.stop_error) if has_ended else None)
 
     async def _process(self, claimed: ClaimedJob, caller: _Caller | None) -> AsyncIterator[Event]:
         """Yield the events of a job's pipeline, which resumes from the last saved state."""
@@ -293,18 +304,24 @@ class JobRunner:
 
     async def _end(
         self, claimed: ClaimedJob, recorder: Recorder, finished: Finished | None, failure: Exception | None
-    ) -> None:
-        if finished is None and claimed.is_lost:
+    ) -> bool:
+        """Record the end of a run; return whether it is the job's end: otherwise another run follows."""
+        if finished is None and claimed.stop_reason is StopReason.LOST:
             raise LeaseLost(claimed.job.job_id)
         if finished is None and claimed.stop_reason is StopReason.GIVEN_BACK:
             if claimed.saved_states is not None:
                 await claimed.saved_states.write_last()
             await self._give_back(claimed.job)
-            return
+            return False
+        if claimed.stop_reason in (StopReason.DATABASE_AWAY, StopReason.UNRECORDABLE):
+            failure = claimed.stop_error
         if finished is not None:  # a stop that came meanwhile is too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
+            self.breaker.report_success()
         elif failure is not None:
             explained = explain_error(failure)
+            if explained.blame is not Blame.REQUEST:
+                return await self._postpone(claimed, recorder, explained)
             if not explained.is_complete:
                 logger.error("%s failed", claimed.job.job_id, exc_info=failure)
             outcome = Outcome(JobState.FAILED, error_code=explained.code, error_message=explained.message)
@@ -312,10 +329,45 @@ class JobRunner:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(claimed.stop_error))
         ended = await recorder.end(outcome, keep_media_s=self._media.keep_s)
         await self._clean_up_ended(claimed, ended)
+        return True
+
+    async def _postpone(self, claimed: ClaimedJob, recorder: Recorder, explained: Explanation) -> bool:
+        """Put a job back after a fault that is not its own; return whether it has ended instead."""
+        is_loss = explained.blame is Blame.STAGE
+        logger.warning("%s goes back to the queue", claimed.job.job_id, exc_info=explained.error)
+        (self.breaker.report_loss if is_loss else self.breaker.report_fault)(explained.code, explained.what)
+        if claimed.saved_states is not None:
+            await claimed.saved_states.write_last()
+        fault = Fault(explained.what, explained.code, explained.message, is_attempt_if_others_succeed=is_loss)
+        job = await recorder.postpone(fault, self._config)
+        if job.state.is_final:
+            await self._clean_up_ended(claimed, job)
+        return job.state.is_final
+
+    def _report_failure(self, error: Exception) -> None:
+        """Report an error of the database to the breaker, or log another one."""
+        explained = explain_error(JobsError("no answer in time") if isinstance(error, TimeoutError) else error)
+        if explained.code == JOBS_FAULT:
+            self.breaker.report_fault(JOBS_FAULT, explained.what)
+        else:
+            logger.error("jobs cannot be claimed, or their leases renewed", exc_info=error)
+
+    def _check_store(self) -> None:
+        self._store.renew(self.runner_id, [], self._config.lease_s)
+
+    def _retry_postponed(self) -> None:
+        """Claim the jobs that waited for a fault to pass."""
+
+        async def retry() -> None:
+            with contextlib.suppress(JobsError):  # their pauses end by themselves
+                await run_in_thread(self._store.retry_postponed, self._model)
+            self.wake()
+
+        self._spawn(retry())
 
     async def _give_back(self, job: Job) -> None:
         lease = Lease(job.job_id, job.lease)
-        await Retrier(self._leases.patience_s).run(lambda: self._store.give_back(lease))
+        await Retrier().run(lambda: self._store.give_back(lease))
 
     async def _clean_up_ended(self, claimed: ClaimedJob, ended: Job) -> None:
         """Count a job that has ended, and remove the files that it leaves."""

@@ -161,6 +161,10 @@ class Job(NewJob):
         media_id: of its file in the media store; "" before.
         result: of a completed job, see :mod:`deployments.director.recorder`.
         last_seq: number of its last event.
+        num_faults: how often it was put back because its surroundings failed.
+        fault: what it waits for, while it is queued after such a fault; "" otherwise.
+        fault_since_s: when the first of these faults was noticed.
+        retry_at_s: not claimed before that.
     """
 
     state: JobState = JobState.QUEUED
@@ -184,6 +188,10 @@ class Job(NewJob):
     error_code: str = ""
     error_message: str = ""
     last_seq: int = 0
+    num_faults: int = 0
+    fault: str = ""
+    fault_since_s: float | None = None
+    retry_at_s: float = 0.0
 
     @property
     def eta_s(self) -> float | None:

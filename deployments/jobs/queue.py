@@ -34,6 +34,8 @@ from deployments.jobs.schema import API_KEYS, IN_PROGRESS, JOBS, LANES, QUEUE_OR
 _MAX_ABANDONED = 100
 # Times in a lease that a runner is noted as alive.
 _NOTES_PER_LEASE = 4
+# A job's pauses after faults of its surroundings: the first, twice as long each time, up to the longest.
+_FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 
 # Frequent queries are built once: building one takes as long as running it.
 
@@ -155,6 +157,7 @@ class ClaimRequest:
             "in_hand": sorted(self.in_hand),
             "silent_since_s": now_s - self.config.lease_s,
             "fresh_since_s": now_s - self.config.lease_s / _NOTES_PER_LEASE,
+            "latest_retry_s": now_s + MAX_PAUSE_S,
         }
 
 
@@ -195,9 +198,12 @@ def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork,
         if found is None:
             break
         job = job_of(found)
-        if (outcome := _outcome_of_expired(job, claim)) is None:
+        if (outcome := _outcome_of_expired(job, claim)) is not None:
+            end_job(connection, job, outcome, now_s)  # and is not found again
+        elif job.attempts >= claim.config.max_attempts:
+            postpone(connection, job, _make_death(job), claim.config, now_s)
+        else:
             return _start_claimed(connection, job, claim, now_s)
-        end_job(connection, job, outcome, now_s)  # and is not found again
     if not work.has_queued:
         return None
     parameters["blocked"] = _find_blocked_owners(connection, claim.config, parameters)
@@ -208,6 +214,76 @@ def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork,
     virtual_time = max(_read_virtual_time(connection, job.model, job.lane), job.order)
     upsert(connection, LANES, model=job.model, lane=job.lane.value, virtual_time=virtual_time)
     return _start_claimed(connection, job, claim, now_s)
+
+
+# Postponing
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a run of a job stopped although nothing is wrong with its request.
+
+    Attributes:
+        what: in a few words, for the job's status.
+        code, message: of the job's error if it is ended.
+        is_attempt_if_others_succeed: whether the run counts as an attempt if other jobs were completed meanwhile.
+    """
+
+    what: str
+    code: str
+    message: str
+    is_attempt_if_others_succeed: bool
+
+
+def postpone(connection: Connection, job: Job, fault: Fault, config: JobsConfig, now_s: float) -> Job:
+    """Requeue a claimed job after a fault, with a pause that grows from fault to fault, or end it.
+
+    It is ended if it has lost its last run while other jobs were completed, or has had faults for too long.
+    """
+    since_s = now_s if job.fault_since_s is None else job.fault_since_s
+    is_attempt = fault.is_attempt_if_others_succeed and _have_others_succeeded(connection, job)
+    is_last = is_attempt and job.attempts >= config.max_attempts
+    is_late = config.max_fault_wait_s is not None and now_s - since_s >= config.max_fault_wait_s
+    if is_last or is_late:
+        outcome = Outcome(JobState.FAILED, error_code=fault.code, error_message=fault.message)
+        return end_job(connection, job, outcome, now_s)
+    return put_back(
+        connection,
+        job,
+        now_s,
+        pause_s=min(_FIRST_PAUSE_S * 2.0**job.num_faults, MAX_PAUSE_S),
+        is_attempt=is_attempt,
+        num_faults=job.num_faults + 1,
+        fault=fault.what,
+        fault_since_s=since_s,
+    )
+
+
+def _have_others_succeeded(connection: Connection, job: Job) -> bool:
+    """Return whether another job of the model that began later was completed: what both need works."""
+    completed = (JOBS.c.state == JobState.COMPLETED.value, JOBS.c.completed_s >= job.started_s)
+    later = (JOBS.c.model == job.model, JOBS.c.started_s >= job.started_s)
+    query = select(JOBS.c.job_id).where(*completed, *later).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def put_back(
+    connection: Connection, job: Job, now_s: float, *, pause_s: float = 0.0, is_attempt: bool = False, **changes: Any
+) -> Job:
+    """Requeue a claimed job at its place, to be claimed after a pause; its run counts if ``is_attempt``."""
+    return change_job(
+        connection,
+        job,
+        JobState.QUEUED,
+        now_s,
+        runner="",
+        lease="",
+        lease_until_s=0.0,
+        stage="queued",
+        attempts=job.attempts if is_attempt else job.attempts - 1,
+        retry_at_s=now_s + pause_s if pause_s else 0.0,
+        **changes,
+    )
 
 
 def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> dict[str, bool]:
@@ -234,6 +310,7 @@ def _start_claimed(connection: Connection, job: Job, claim: ClaimRequest, now_s:
         attempts=attempt,
         started_s=now_s,
         stage="starting",
+        fault="",
     )
 
 
@@ -243,10 +320,12 @@ def _outcome_of_expired(job: Job, claim: ClaimRequest) -> Outcome | None:
         return Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
     if job.attached_to not in (None, claim.runner):
         return _outcome_of_abandoned(claim)
-    if job.attempts >= claim.config.max_attempts:
-        reason = f"the runner died {job.attempts} times while it ran this job, which is as often as may be"
-        return Outcome(JobState.FAILED, error_code="runner_died", error_message=reason)
     return None
+
+
+def _make_death(job: Job) -> Fault:
+    reason = f"the runner died {job.attempts} times while it ran this job, which is as often as may be"
+    return Fault("runner_died", "runner_died", reason, is_attempt_if_others_succeed=True)
 
 
 def _outcome_of_abandoned(claim: ClaimRequest) -> Outcome:
@@ -269,7 +348,9 @@ def _is_expired(only_attached: bool) -> ColumnElement[bool]:
 def _is_queued(only_attached: bool) -> ColumnElement[bool]:
     """Select queued jobs that this runner may claim."""
     own = JOBS.c.attached_to == bindparam("runner")
-    return and_(*_in_lane(QUEUED), own if only_attached else or_(own, JOBS.c.attached_to.is_(None)))
+    # A time that is later than any pause was set by a clock that has been set back since.
+    has_paused = or_(JOBS.c.retry_at_s <= bindparam("now_s"), JOBS.c.retry_at_s > bindparam("latest_retry_s"))
+    return and_(*_in_lane(QUEUED), has_paused, own if only_attached else or_(own, JOBS.c.attached_to.is_(None)))
 
 
 def _is_abandoned() -> ColumnElement[bool]:

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Connection, Row, Select, Table, bindparam, cast, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from deployments.errors import IllegalTransition, JobsError, LeaseLost
+from deployments.errors import IllegalTransition, LeaseLost, TooManyEvents
 from deployments.jobs.job import TRANSITIONS, Job, JobEvent, JobState, Lane, NewJob, Outcome
 from deployments.jobs.schema import JOB_EVENTS, JOBS
 
@@ -81,13 +81,13 @@ def change_job(
     Raises:
         IllegalTransition: the state must not follow the job's.
         LeaseLost: another process has changed the job.
-        JobsError: it has too many events.
+        TooManyEvents: it has too many.
     """
     if state not in TRANSITIONS[job.state]:
         raise IllegalTransition(job.job_id, job.state, state)
     last_seq = job.last_seq + len(events)
     if last_seq > MAX_EVENTS + state.is_final:
-        raise JobsError(f"{job.job_id} has {job.last_seq} events; at most {MAX_EVENTS} are kept of one job")
+        raise TooManyEvents(f"{job.job_id} has {job.last_seq} events; at most {MAX_EVENTS} are kept of one job")
     changed = replace(job, state=state, updated_s=now_s, last_seq=last_seq, **changes)
     before, after = _columns(job), _columns(changed)
     values = {name: value for name, value in after.items() if value != before[name]}

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from deployments.jobs.job import JobState
 
 METADATA = MetaData()
-NEWEST = "0003"
+NEWEST = "0004"
 """The last of :mod:`deployments.jobs.migrations`, which leaves the tables as they are here."""
 
 VERSION_TABLE = "schema_version"
@@ -89,6 +89,11 @@ JOBS = Table(
     Column("remixed_from", Text),
     Column("skip_guardrails", Boolean, nullable=False, server_default=false()),
     Column("warnings", JSON, nullable=False, server_default="[]"),
+    # Since 0004.
+    Column("retry_at_s", Double, nullable=False, server_default=text("0")),
+    Column("num_faults", Integer, nullable=False, server_default=text("0")),
+    Column("fault", Text, nullable=False, server_default=text("''")),
+    Column("fault_since_s", Double),
     Index("jobs_by_queue", "model", "state", "lane", "queue_order"),
     Index("jobs_by_owner", "owner", "created_s", "job_id"),
     Index("jobs_by_end", "completed_s"),

@@ -21,7 +21,7 @@ from deployments.jobs.database import Database
 from deployments.jobs.estimates import ClassLoad, RetryEstimator
 from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome, Progress
 from deployments.jobs.keys import KeyLimits, KeyStore
-from deployments.jobs.queue import ClaimRequest
+from deployments.jobs.queue import ClaimRequest, Fault
 from deployments.jobs.rows import change_job, end_job, find_events, find_job, find_leased, job_of
 from deployments.jobs.schema import JOBS, RUNNERS
 from deployments.media.layout import is_job_id
@@ -200,17 +200,28 @@ class JobStore:
             if job.is_cancelling:
                 end_job(connection, job, _CANCELLED, self._clock())
                 return
-            change_job(
-                connection,
-                job,
-                JobState.QUEUED,
-                self._clock(),
-                runner="",
-                lease="",
-                lease_until_s=0.0,
-                stage="queued",
-                attempts=job.attempts - 1,
-            )
+            queue.put_back(connection, job, self._clock())
+
+    def postpone(self, lease: Lease, fault: Fault, config: JobsConfig) -> Job:
+        """Requeue a claimed job at its place after a fault, with a pause that grows from fault to fault.
+
+        It is ended instead if it is being cancelled, if its stage has lost as many runs of it as it may have while
+        other jobs were completed, or if its faults have lasted for longer than ``max_fault_wait_s``.
+
+        Raises:
+            LeaseLost: the lease is gone.
+        """
+        with self._database.writing(is_queue=True) as connection:
+            job = find_leased(connection, lease.job_id, lease.lease)
+            if job.is_cancelling:
+                return end_job(connection, job, _CANCELLED, self._clock())
+            return queue.postpone(connection, job, fault, config, self._clock())
+
+    def retry_postponed(self, model: str) -> None:
+        """End the pauses of a model's jobs: their surroundings work again."""
+        waiting = (JOBS.c.model == model, JOBS.c.state == JobState.QUEUED.value, JOBS.c.fault != "")
+        with self._database.writing(is_queue=True) as connection:
+            connection.execute(update(JOBS).where(*waiting).values(retry_at_s=0.0))
 
     # Ending
 

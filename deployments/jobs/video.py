@@ -110,6 +110,8 @@ class Video(ApiModel):
     eta_s: Annotated[Seconds | None, Field(description="until its last step, about")]
     queue_position: Annotated[Count | None, Field(description="jobs before it, those that run included")]
     attempts: Annotated[Count, Field(description="how often it was begun")]
+    waiting_for: Annotated[str | None, Field(description="fault of its surroundings that must pass first")]
+    waiting_since: Annotated[Count | None, Field(description="when it first met such a fault")]
     notes: Annotated[tuple[str, ...], Field(description="what was changed on the way")]
     warnings: Annotated[tuple[str, ...], Field(description="fields that were accepted without effect")]
     frames_sha256: Sha256 | None
@@ -157,6 +159,8 @@ class Video(ApiModel):
             eta_s=None if eta_s is None else round(eta_s, 3),
             queue_position=None if position is None else position.position,
             attempts=job.attempts,
+            waiting_for=job.fault or None,
+            waiting_since=int(job.fault_since_s) if job.fault and job.fault_since_s is not None else None,
             notes=job.notes,
             warnings=job.warnings,
             frames_sha256=result.get("frames_sha256") or None,

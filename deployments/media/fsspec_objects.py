@@ -28,6 +28,8 @@ _HIDDEN = "***"
 _USER = re.compile(r"(?<=//)[^/@\s]*@")
 # Before the second and the third try of a write, on which hours of work may depend.
 _PAUSES_S = (0.5, 2.0)
+# On a full disk a few bytes may still find room.
+_CHECKED_BYTES = 1 << 20
 
 
 class ObjectsError(Cosmos3Error):
@@ -188,12 +190,14 @@ def open_objects(url: str) -> Objects:
 
 
 def check_usable(objects: Objects) -> None:
-    """Write, read and remove an object; raise OSError if the store cannot be used."""
+    """Write, read and remove an object of a megabyte; raise OSError if the store cannot be used."""
     folder = f".{secrets.token_hex(8)}.part"
-    objects.create(folder, "a", b"a")
-    data = objects.read(folder, "a", 0, 2)
-    objects.remove(folder)
-    if data != b"a":
+    try:
+        objects.create(folder, "a", bytes(_CHECKED_BYTES))
+        data = objects.read(folder, "a", 0, 2)
+    finally:
+        objects.remove(folder)
+    if data != bytes(2):
         raise OSError("it does not return what was written")
 
 

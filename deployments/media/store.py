@@ -124,6 +124,11 @@ class MediaStore:
             )
         return archive
 
+    def check(self) -> None:
+        """Write, read and remove an object in the directory and in the archive; raise OSError if one does not work."""
+        for objects in self.stores:
+            check_usable(objects)
+
     def create(self, media_id: str, media_type: str, suffix: str, *, is_live: bool) -> MediaEntry:
         """Begin a clip under a fresh id; raise MediaError if it cannot be written, or is there already.
 

@@ -93,6 +93,9 @@ STAGE_SECONDS = Metric(
 )
 STAGE_RETRIES = Metric("cosmos3_stage_retries", "counter", "Stages that were retried after a process died.", ("stage",))
 TAKEOVERS = Metric("cosmos3_takeovers", "counter", "Jobs that were taken over from a dead Director.")
+FAULTS = Metric(
+    "cosmos3_faults", "gauge", "1 while a Director begins no job because something that all need fails.", ("fault",)
+)
 STEPS = Metric("cosmos3_steps", "counter", "Denoising steps of this replica's gang.", ("lane",))
 STEP_SECONDS = Metric(
     "cosmos3_step_seconds", "histogram", "Seconds of a denoising step, as the mean of its quantum.", ("lane",), _SHORT_S
@@ -126,7 +129,7 @@ SENT_BYTES = Metric(
 )
 
 TABLE = (
-    *(REQUESTS, REQUEST_SECONDS, REJECTIONS, JOBS, QUEUE_WAIT_SECONDS, STAGE_SECONDS, STAGE_RETRIES, TAKEOVERS),
+    *(REQUESTS, REQUEST_SECONDS, REJECTIONS, JOBS, QUEUE_WAIT_SECONDS, STAGE_SECONDS, STAGE_RETRIES, TAKEOVERS, FAULTS),
     *(STEPS, STEP_SECONDS, GANG_BUSY_SHARE, TEXT_CACHE_LOOKUPS),
     *(FIRST_CHUNK_SECONDS, FIRST_BYTE_SECONDS, FILE_BYTES, SENT_BYTES),
 )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from types import ModuleType
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
+import cluster.errors
+import cosmos3_core.errors
+import deployments.errors
 from cluster.errors import (
     DeadlineExceeded,
     GangFailed,
@@ -19,10 +25,60 @@ from cluster.errors import (
     StageFailed,
     StreamClosed,
 )
-from cosmos3_core.errors import CapabilityError, MediaError, RequestError
+from cosmos3_core.errors import CapabilityError, CheckpointError, MediaError, RequestError
+from deployments import failures
 from deployments.api.call import error_response
 from deployments.errors import BodyError, IdempotencyConflict, JobCancelled, JobsError, LeaseLost, MediaStoreError
-from deployments.failures import explain_error
+from deployments.failures import Blame, explain_error
+
+# Raised before a stage is up, by tools, or for bugs of ours: never by a call of a stage.
+NOT_OF_STAGES = {"AdapterError", "AppNotFound", "ClosedError", "MeasureError", "PreviewFailed"}
+NOT_OF_STAGES |= {kind.__name__ for kind in (CheckpointError, *CheckpointError.__subclasses__())}
+
+
+def find_types(module: ModuleType) -> list[type[Exception]]:
+    """Return the exception types that a module defines, for callers outside of it."""
+    found = [it for it in vars(module).values() if isinstance(it, type) and issubclass(it, Exception)]
+    return [it for it in found if it.__module__ == module.__name__ and not it.__name__.startswith("_")]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [it for module in (cosmos3_core.errors, cluster.errors, deployments.errors) for it in find_types(module)],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_error_of_a_stage_is_blamed_on_something(kind: type[Exception]) -> None:
+    if kind.__name__ not in NOT_OF_STAGES | {"Cosmos3Error", "ApiError", "BodyError"}:
+        assert any(issubclass(kind, row[0]) for row in failures._TABLE), (
+            "or an accepted job ends with an internal error"
+        )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RayActorError(), TaskCancelledError(), DeploymentUnavailableError("decode")],
+    ids=lambda it: type(it).__name__,
+)
+def test_errors_of_ray_are_blamed_on_the_stage(error: Exception) -> None:
+    explained = explain_error(error)
+    assert (explained.blame, explained.code, explained.what) == (Blame.STAGE, "stage_failed", "stage_failed: director")
+    assert not explained.is_complete
+
+
+@pytest.mark.parametrize(
+    ("error", "blame", "what"),
+    [
+        (RequestError("seed", -1, "0 or more"), Blame.REQUEST, "invalid_field"),
+        (ZeroDivisionError("a bug"), Blame.REQUEST, "internal_error"),
+        (StageFailed("decode", 3, "it died"), Blame.STAGE, "stage_failed: decode"),
+        (MediaError("/a/place: Read-only file system"), Blame.SURROUNDINGS, "media_unavailable: Read-only file system"),
+        (OSError(errno.EMFILE, "Too many open files"), Blame.SURROUNDINGS, "system_error: Too many open files"),
+        (JobsError("postgresql://user:secret@host is away"), Blame.SURROUNDINGS, "jobs_unavailable"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_an_error_is_described_in_a_few_words(error: Exception, blame: Blame, what: str) -> None:
+    assert (explain_error(error).blame, explain_error(error).what) == (blame, what)
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ async def _record_job(api: Api, job: Job) -> None:
     def reraise(error: Exception) -> None:
         raise error
 
-    writer = recorder.Recorder(api.store, job, reraise, 5.0)
+    writer = recorder.Recorder(api.store, job, reraise)
     for event in _EVENTS:
         writer.note(event)
     finished = _make_finished(job, "0123456789abcdef" * 2, _ACTIONS)
@@ -402,7 +402,7 @@ def test_error_table(api: Api, golden: Golden) -> None:
     for name, error in _ERRORS.items():
         answer = error_response(error)
         headers = dict(answer.headers.items())
-        _, _, code, message, is_complete = explain_error(error)
+        _, _, code, message, is_complete, _ = explain_error(error)
         text = bytes(answer.body).decode()
         client = _as_json(read_refusal(answer.status_code, "reason", headers, text, "once"))
         is_frameworks = isinstance(error, HTTPException)  # raised and read over HTTP alone

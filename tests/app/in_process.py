@@ -20,6 +20,7 @@ import uvicorn
 
 from cluster import clip_stream, gang
 from deployments.api.app import build_api
+from deployments.api.ingress import find_faults
 from deployments.api.service import Service
 from deployments.app import build_app
 from deployments.config import AppConfig
@@ -124,7 +125,11 @@ class InProcessApp:
             ended.set()
 
     async def _open(self, config: AppConfig) -> Service:
-        return await asyncio.to_thread(Service.open, config, self.director, _no_missing_stages, "127.0.0.1")
+        return await asyncio.to_thread(Service.open, config, self.director, self._find_faults, "127.0.0.1")
+
+    async def _find_faults(self) -> list[str]:
+        """Report no missing stage, as all of them are up once the app is made."""
+        return await find_faults(self.director)
 
     def _arguments_of(self, deployment: Any) -> Any:
         """Return a deployment's arguments, with handles in place of the running deployments."""
@@ -159,11 +164,6 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _no_missing_stages() -> list[str]:
-    """Report no missing stage: all of them are up once the app is made."""
-    return []
 
 
 def _ends_with_its_client(app: Any) -> Any:

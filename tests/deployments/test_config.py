@@ -83,6 +83,7 @@ KEYS = {
         "run_timeout_s",
         "lease_s",
         "max_attempts",
+        "max_fault_wait_s",
         "checkpoint_period_s",
         "poll_s",
         "max_followers",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import StageFailed
+from cluster.errors import OutOfMemory
 from cluster.events import StepDone
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
@@ -98,7 +98,7 @@ class FakeStage:
         self.fails_at = 0
         self.holds_after = 0
         self.holds_at_end = False
-        self.failure: Exception = StageFailed("denoise", 3, "it died")
+        self.failure: Exception = OutOfMemory("2 GiB")
 
     def make_pipeline(
         self, request: Any, context: RequestContext, job: Job, resume_from: Any, on_saved: Callable[..., None]

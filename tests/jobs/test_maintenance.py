@@ -11,7 +11,7 @@ import pytest
 
 from deployments.config import JobsConfig
 from deployments.jobs import service as service_module
-from deployments.jobs.job import Job, Lane, Progress
+from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
 from deployments.jobs.service import JobService, Maintenance
 from deployments.jobs.store import JobStore
 from deployments.media import sweeper
@@ -93,8 +93,11 @@ def test_old_files_without_a_job_are_removed(end: str, maintenance: Maintenance,
         claim(store, "other")
     elif end == "runner_died":
         claim_existing(store)
+        other = with_picture(maintenance)
+        store.finish(make_lease(claim_existing(store)), Outcome(JobState.COMPLETED), keep_media_s=1e6)
         clock.advance(1e4)
         claim(store, "other", max_attempts=1)
+        assert has_picture(maintenance, other)
     elif end == "not_served":
         clock.advance(1e6)
         maintenance.sweep_jobs()

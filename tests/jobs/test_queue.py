@@ -21,7 +21,7 @@ from deployments.jobs.estimates import (
     RetryEstimator,
     estimate_freed_s,
 )
-from deployments.jobs.job import Job, JobState, Lane, Progress
+from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
 from deployments.jobs.store import JobStore
 from tests.clock import Clock
@@ -345,16 +345,32 @@ def test_a_dead_runners_job_is_claimed_first(store: JobStore, clock: Clock) -> N
     assert (claim_existing(store, "runner2").job_id, reload(store, job).attempts) == (job.job_id, 2)
 
 
-def test_a_job_fails_after_its_last_attempt(store: JobStore, clock: Clock) -> None:
-    job, other = enqueue(store, 2)
+def test_a_job_fails_after_its_last_attempt_if_others_succeed(store: JobStore, clock: Clock) -> None:
+    job, succeeds, other = enqueue(store, 3)
     for attempt in (1, 2):
         assert claim_existing(store, f"runner{attempt}", max_attempts=2).job_id == job.job_id
+        if attempt == 2:
+            assert claim_existing(store, "runner2", max_attempts=2).job_id == succeeds.job_id
+            store.finish(make_lease(reload(store, succeeds)), Outcome(JobState.COMPLETED), keep_media_s=1e6)
         clock.advance(LEASE_S + 1)
     assert claim_existing(store, "runner3", max_attempts=2).job_id == other.job_id
     failed = reload(store, job)
     assert (failed.state, failed.error_code, failed.attempts) == (JobState.FAILED, "runner_died", 2)
     assert "died 2 times" in failed.error_message
     assert list_event_kinds(store, job) == ["started", "started", "failed"]
+
+
+def test_a_job_whose_runners_die_waits_while_no_other_succeeds(store: JobStore, clock: Clock) -> None:
+    (job,) = enqueue(store, 1)
+    for attempt in range(6):
+        assert claim_existing(store, f"runner{attempt}", max_attempts=2).job_id == job.job_id
+        clock.advance(LEASE_S + 1)
+        if reload(store, job).attempts == 2:
+            assert claim(store, f"runner{attempt}+", max_attempts=2) is None
+            waits = reload(store, job)
+            assert (waits.state, waits.fault, waits.attempts) == (JobState.QUEUED, "runner_died", 1)
+            assert waits.retry_at_s == clock() + 2.0 ** (waits.num_faults - 1)
+            clock.advance(2.0 ** (waits.num_faults - 1))
 
 
 def test_a_cancelled_job_of_a_dead_runner_ends(store: JobStore, clock: Clock) -> None:

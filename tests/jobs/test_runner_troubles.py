@@ -118,17 +118,16 @@ def test_a_fresh_claim_is_released_despite_a_database_outage(serve: Any, monkeyp
     serve(body)
 
 
-def test_a_long_database_outage_ends_the_run(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another runner has the job by then; the caller's error is not "cancelled"."""
+def test_progress_waits_for_the_database(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is away, while the leases can be renewed."""
 
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.3)
-        service.stage.holds_after = 2
-        monkeypatch.setattr(service.store, "record", fail_first_calls(service.store.record, 10**6))
-        with pytest.raises(JobsError, match="was given up: the database is away"):
-            _ = [event async for event in service.stream()]
-        (pipeline,) = service.stage.pipelines
-        assert pipeline.was_stopped
+        monkeypatch.setattr(service.store, "record", fail_first_calls(service.store.record, 20))
+        job = await service.submit()
+        done = await service.until(job.job_id, JobState.COMPLETED)
+        assert (done.attempts, len(service.stage.pipelines)) == (1, 1)
+        assert [event.kind for event in service.store.find_events({job.job_id: 0})].count("step") == 4
 
     serve(body)
 
@@ -176,17 +175,34 @@ def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: py
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.3)
         service.stage.gate.clear()
-        monkeypatch.setattr(service.store, "renew", fail_first_calls(service.store.renew, 10**6))
-        with pytest.raises(JobsError, match="was given up: the database of jobs cannot be used"):
-            _ = [event async for event in service.stream()]
-        assert service.stage.pipelines[0].was_stopped
+        job = await service.submit()
+        await service.until(job.job_id, JobState.IN_PROGRESS)
+        is_away = True
+        renew = service.store.renew
+
+        def fail_while_away(*arguments: Any) -> Any:
+            if is_away:
+                raise AWAY
+            return renew(*arguments)
+
+        monkeypatch.setattr(service.store, "renew", fail_while_away)
+        async with asyncio.timeout(DEADLINE_S):
+            while not any(pipeline.was_stopped for pipeline in service.stage.pipelines):
+                await asyncio.sleep(0.02)
+        waits = await service.until(job.job_id, JobState.QUEUED)
+        assert (waits.fault, waits.attempts) == ("jobs_unavailable", 0)
+        assert service.runner.breaker.faults == ["jobs_unavailable"]
+        is_away = False
+        service.stage.gate.set()
+        assert (await service.until(job.job_id, JobState.COMPLETED)).attempts == 1
+        assert service.runner.breaker.faults == []
 
     serve(body)
 
 
 def test_a_fresh_claim_survives_earlier_failed_renewals() -> None:
     old, fresh = (ClaimedJob(Job(**vars(new_job()))) for _ in range(2))
-    leases = LeaseKeeper(MagicMock(), "runner", 20.0, {})
+    leases = LeaseKeeper(MagicMock(), "runner", 20.0, {}, lambda _: None)
     old.claimed_s -= 41
     leases._give_up_expired([old, fresh], renewed_s=old.claimed_s)
     assert (old.stop_reason, fresh.stop_reason) == (StopReason.DATABASE_AWAY, None)

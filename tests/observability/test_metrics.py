@@ -18,6 +18,7 @@ from cluster.gang_meter import BusyClock
 from deployments.observability import cluster_metrics
 from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetch_text
 from deployments.observability.metrics import (
+    FAULTS,
     FILE_BYTES,
     FIRST_BYTE_SECONDS,
     FIRST_CHUNK_SECONDS,
@@ -53,6 +54,7 @@ def record_everything(ours: Metrics) -> None:
     ours.record(STAGE_SECONDS, 10.0, "denoise", "finished")
     ours.record(STAGE_RETRIES, 1, "decode")
     ours.record(TAKEOVERS, 1)
+    ours.record(FAULTS, 1, "media_unavailable")
     ours.record(FIRST_CHUNK_SECONDS, 0.5)
     ours.record(FIRST_BYTE_SECONDS, 11.0, "text_to_video")
     ours.record(FILE_BYTES, 1000, "text_to_video")

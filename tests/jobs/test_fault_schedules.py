@@ -1,0 +1,63 @@
+"""Seeded schedules of faults: once they stop, every accepted job ends completed, once, in the order of the queue."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.errors import MediaError
+from deployments import failures
+from deployments.failures import Blame
+from tests.jobs.fault_schedules import BOUNDARIES, World
+from tests.virtual_time import VirtualClock, run_virtually
+
+NUM_SEEDS = 1000
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module")
+def layout(tiny_nano: Path) -> CheckpointLayout:
+    return CheckpointLayout.open(tiny_nano)
+
+
+def run_schedule(seed: int, layout: CheckpointLayout, empty_sqlite: Path) -> Counter[str]:
+    """Run a schedule and check what becomes of its jobs; return how many calls of each boundary failed."""
+
+    async def run(clock: VirtualClock) -> Counter[str]:
+        with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as place:
+            world = World(Path(place), layout, empty_sqlite, clock, seed)
+            try:
+                await world.run()
+            finally:
+                world.store.close()
+            return world.layer.num_faults
+
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
+    return run_virtually(run)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [range(20), *(pytest.param(range(it, it + 100), marks=pytest.mark.slow) for it in range(0, NUM_SEEDS, 100))],
+    ids=lambda seeds: f"{seeds[0]}-{seeds[-1]}",
+)
+def test_every_accepted_job_is_completed_once_faults_stop(
+    seeds: range, layout: CheckpointLayout, empty_sqlite: Path
+) -> None:
+    num_faults = sum((run_schedule(seed, layout, empty_sqlite) for seed in seeds), Counter())
+    assert not set(BOUNDARIES) - num_faults.keys(), "every boundary has failed at least once"
+
+
+def test_an_error_that_is_blamed_wrongly_is_noticed(
+    layout: CheckpointLayout, empty_sqlite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = [(*row[:3], Blame.REQUEST) if row[0] is MediaError else row for row in failures._TABLE]
+    monkeypatch.setattr(failures, "_TABLE", tuple(wrong))
+    with pytest.raises(AssertionError, match="media_unavailable"):
+        for seed in range(20):
+            run_schedule(seed, layout, empty_sqlite)

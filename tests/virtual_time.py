@@ -1,0 +1,72 @@
+"""An event loop whose clocks jump to the next timer: hours of waiting take no time, and every run is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+START_S = 1_800_000_000.0
+"""What ``time.time()`` says at first."""
+
+
+class VirtualClock:
+    """The clocks of a run: ``monotonic`` begins at 0; ``time`` is ahead of it, and can be set."""
+
+    def __init__(self) -> None:
+        self.now_s, self.lead_s = 0.0, START_S
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time(self) -> float:
+        return self.now_s + self.lead_s
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Advances a clock instead of waiting."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "every task waits, and no timer would wake one"
+        if timeout > 0:
+            self._clock.now_s += timeout
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """A loop in virtual time. Work for threads runs at once, in this one."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        super().__init__(_JumpingSelector(clock))
+        self._virtual_clock = clock
+
+    def time(self) -> float:
+        return self._virtual_clock.now_s
+
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:  # noqa: BLE001 - it is the caller's
+            future.set_exception(error)
+        return future
+
+
+def run_virtually(main: Callable[[VirtualClock], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in a virtual loop, in which ``time.time`` and ``time.monotonic`` are virtual as well."""
+    clock = VirtualClock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", clock.time)
+        patch.setattr(time, "monotonic", clock.monotonic)
+        with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
+            return runner.run(main(clock))
