@@ -28,6 +28,10 @@ class VirtualClock:
     def time(self) -> float:
         return self.now_s + self.lead_s
 
+    def set_forward(self, seconds: float) -> None:
+        """Set ``time`` forward, or back; the time of a suspended laptop passes so as well."""
+        self.lead_s += seconds
+
 
 class _JumpingSelector(selectors.DefaultSelector):
     """Advances a clock instead of waiting."""

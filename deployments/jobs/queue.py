@@ -29,11 +29,19 @@ from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome
 from deployments.jobs.keys import KeyLimits
 from deployments.jobs.rows import change_job, end_job, insert_job, job_of, upsert
 from deployments.jobs.schema import API_KEYS, IN_PROGRESS, JOBS, LANES, QUEUE_ORDER, QUEUED, RUNNERS
+from deployments.jobs.silence import SilenceWatch
 
 # Most attached jobs of dead runners that one claim ends.
 _MAX_ABANDONED = 100
 # Times in a lease that a runner is noted as alive.
 _NOTES_PER_LEASE = 4
+# Share of a lease in which a suspect must show a sign of life: runners renew leases, and note themselves, four times in
+# one; leases of jobs twice a second, so that less is enough for long ones.
+_PATIENCE, _LONGEST_PATIENCE_S = 0.5, 3.0
+# Tolerated difference of clocks.
+_MAX_SKEW_S = 2.0
+# Leases and runners that are looked at in one claim.
+_MAX_SUSPECTS = 1000
 # A job's pauses after faults of its surroundings: the first, twice as long each time, up to the longest.
 _FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 
@@ -157,28 +165,54 @@ class ClaimRequest:
             "in_hand": sorted(self.in_hand),
             "silent_since_s": now_s - self.config.lease_s,
             "fresh_since_s": now_s - self.config.lease_s / _NOTES_PER_LEASE,
+            "latest_lease_s": now_s + self.config.lease_s + _MAX_SKEW_S,
+            "latest_s": now_s + _MAX_SKEW_S,
             "latest_retry_s": now_s + MAX_PAUSE_S,
         }
 
 
 @dataclass(frozen=True)
 class ClaimableWork:
-    """The work that a claim may find."""
+    """The work that a claim may find.
 
-    is_alive_noted: bool  # the runner was noted as alive not long ago
-    has_abandoned: bool  # queued jobs are attached to a dead runner
-    has_expired: bool  # a running job's lease has expired
+    Attributes:
+        is_alive_noted: the runner was noted as alive not long ago.
+        dead_runners: runners that queued jobs are attached to and that are silent.
+        dead_leases: leases of running jobs that are silent -> until when they are, as it was found.
+        has_queued: there are queued jobs.
+    """
+
+    is_alive_noted: bool
+    dead_runners: tuple[str, ...]
+    dead_leases: Mapping[str, float]
     has_queued: bool
 
     @property
     def is_worth_a_claim(self) -> bool:
         """Whether there is anything to write."""
-        return self.has_abandoned or self.has_expired or self.has_queued or not self.is_alive_noted
+        return bool(self.dead_runners or self.dead_leases or self.has_queued or not self.is_alive_noted)
 
 
-def check_work(connection: Connection, claim: ClaimRequest, now_s: float) -> ClaimableWork:
+def check_work(connection: Connection, claim: ClaimRequest, watch: SilenceWatch, now_s: float) -> ClaimableWork:
     """Check for claimable work without taking the write lock: runners do so twice a second."""
-    return ClaimableWork(*connection.execute(_query_work(claim.only_attached), claim.query_parameters(now_s)).one())
+    parameters = claim.query_parameters(now_s)
+    found = connection.execute(_query_work(claim.only_attached), parameters).one()
+    is_alive_noted, has_suspect_runners, has_suspect_leases, has_queued = found
+    runners: dict[str, float] = {}
+    if has_suspect_runners:
+        for runner, alive_s in connection.execute(_query_suspect_runners(), parameters):
+            runners[runner] = -1.0 if alive_s is None else alive_s
+    leases: dict[str, float] = {}
+    if has_suspect_leases:
+        leases = {row.lease: row.lease_until_s for row in connection.execute(_query_suspect_leases(), parameters)}
+    lane, lease_s = claim.lane, claim.config.lease_s
+    silent = watch.find_silent(("runners", lane), runners, _PATIENCE * lease_s)
+    # A lease that has run out was not renewed in time; one from a clock that was ahead may be valid for its whole time.
+    lapsed = {lease: until_s for lease, until_s in leases.items() if until_s < now_s}
+    ahead = {lease: until_s for lease, until_s in leases.items() if until_s >= now_s}
+    dead = watch.find_silent(("lapsed", lane), lapsed, min(_PATIENCE * lease_s, _LONGEST_PATIENCE_S))
+    dead |= watch.find_silent(("ahead", lane), ahead, lease_s)
+    return ClaimableWork(bool(is_alive_noted), tuple(silent), dead, bool(has_queued))
 
 
 def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork, now_s: float) -> Job | None:
@@ -189,15 +223,19 @@ def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork,
     parameters = claim.query_parameters(now_s)
     if not work.is_alive_noted:
         note_runner(connection, claim.runner, claim.model, now_s)
-    if work.has_abandoned:
-        for row in connection.execute(_select_and_lock(_is_abandoned(), _MAX_ABANDONED), parameters).all():
+    if work.dead_runners:
+        abandoned = and_(*_in_lane(QUEUED), JOBS.c.attached_to.in_(work.dead_runners))
+        for row in connection.execute(_select_and_lock(abandoned, _MAX_ABANDONED), parameters).all():
             end_job(connection, job_of(row), _outcome_of_abandoned(claim), now_s)
-    while work.has_expired:
-        expired = _select_and_lock(_is_expired(claim.only_attached), 1)
-        found = connection.execute(expired, parameters).one_or_none()
+    dead_leases = dict(work.dead_leases)
+    while dead_leases:
+        expired = and_(_is_suspect(claim.only_attached), JOBS.c.lease.in_(dead_leases))
+        found = connection.execute(_select_and_lock(expired, 1), parameters).one_or_none()
         if found is None:
             break
         job = job_of(found)
+        if dead_leases.pop(job.lease) != job.lease_until_s:
+            continue  # it was renewed just now
         if (outcome := _outcome_of_expired(job, claim)) is not None:
             end_job(connection, job, outcome, now_s)  # and is not found again
         elif job.attempts >= claim.config.max_attempts:
@@ -241,7 +279,7 @@ def postpone(connection: Connection, job: Job, fault: Fault, config: JobsConfig,
     It is ended if it has lost its last run while other jobs were completed, or has had faults for too long.
     """
     since_s = now_s if job.fault_since_s is None else job.fault_since_s
-    is_attempt = fault.is_attempt_if_others_succeed and _have_others_succeeded(connection, job)
+    is_attempt = fault.is_attempt_if_others_succeed and _have_others_succeeded(connection, job, now_s)
     is_last = is_attempt and job.attempts >= config.max_attempts
     is_late = config.max_fault_wait_s is not None and now_s - since_s >= config.max_fault_wait_s
     if is_last or is_late:
@@ -259,9 +297,10 @@ def postpone(connection: Connection, job: Job, fault: Fault, config: JobsConfig,
     )
 
 
-def _have_others_succeeded(connection: Connection, job: Job) -> bool:
+def _have_others_succeeded(connection: Connection, job: Job, now_s: float) -> bool:
     """Return whether another job of the model that began later was completed: what both need works."""
-    completed = (JOBS.c.state == JobState.COMPLETED.value, JOBS.c.completed_s >= job.started_s)
+    # An end in the future is from before the clock was set back.
+    completed = (JOBS.c.state == JobState.COMPLETED.value, JOBS.c.completed_s.between(job.started_s, now_s))
     later = (JOBS.c.model == job.model, JOBS.c.started_s >= job.started_s)
     query = select(JOBS.c.job_id).where(*completed, *later).limit(1)
     return connection.execute(query).first() is not None
@@ -338,11 +377,13 @@ def _in_lane(state: str) -> tuple[ColumnElement[bool], ...]:
     return JOBS.c.model == bindparam("model"), JOBS.c.state == state, JOBS.c.lane == bindparam("lane")
 
 
-def _is_expired(only_attached: bool) -> ColumnElement[bool]:
-    """Select running jobs whose lease has expired, except the runner's own, renewed late."""
+def _is_suspect(only_attached: bool) -> ColumnElement[bool]:
+    """Select running jobs whose lease has run out, or is longer than any, except the runner's own, renewed late."""
     of_others = JOBS.c.job_id.not_in(bindparam("in_hand", expanding=True))
-    expired = and_(*_in_lane(IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"), of_others)
-    return and_(expired, JOBS.c.attached_to.is_not(None)) if only_attached else expired
+    until_s = JOBS.c.lease_until_s
+    is_strange = or_(until_s < bindparam("now_s"), until_s > bindparam("latest_lease_s"))
+    suspect = and_(*_in_lane(IN_PROGRESS), is_strange, of_others)
+    return and_(suspect, JOBS.c.attached_to.is_not(None)) if only_attached else suspect
 
 
 def _is_queued(only_attached: bool) -> ColumnElement[bool]:
@@ -354,8 +395,9 @@ def _is_queued(only_attached: bool) -> ColumnElement[bool]:
 
 
 def _is_abandoned() -> ColumnElement[bool]:
-    """Select queued jobs that are attached to a runner that has died."""
-    is_alive = exists().where(RUNNERS.c.runner == JOBS.c.attached_to, RUNNERS.c.alive_s >= bindparam("silent_since_s"))
+    """Select queued jobs that are attached to a runner whose last sign of life is old, or in the future."""
+    is_recent = RUNNERS.c.alive_s.between(bindparam("silent_since_s"), bindparam("latest_s"))
+    is_alive = exists().where(RUNNERS.c.runner == JOBS.c.attached_to, is_recent).correlate(JOBS)
     of_others = and_(JOBS.c.attached_to.is_not(None), JOBS.c.attached_to != bindparam("runner"))
     return and_(*_in_lane(QUEUED), of_others, not_(is_alive))
 
@@ -369,9 +411,22 @@ def _select_and_lock(condition: ColumnElement[bool], limit: int) -> Select[Any]:
 def _query_work(only_attached: bool) -> Select[bool, bool, bool, bool]:
     this = RUNNERS.c.runner == bindparam("runner")
     is_alive_noted = exists().where(this, RUNNERS.c.alive_s > bindparam("fresh_since_s"))
-    conditions = (_is_abandoned(), _is_expired(only_attached), _is_queued(only_attached))
+    conditions = (_is_abandoned(), _is_suspect(only_attached), _is_queued(only_attached))
     abandoned, expired, queued = (exists().where(condition) for condition in conditions)
     return select(is_alive_noted, abandoned, expired, queued)
+
+
+@cache
+def _query_suspect_runners() -> Select[Any]:
+    runner = RUNNERS.c.runner == JOBS.c.attached_to
+    query = select(JOBS.c.attached_to, RUNNERS.c.alive_s).join(RUNNERS, runner, isouter=True).where(_is_abandoned())
+    return query.distinct().limit(_MAX_SUSPECTS)
+
+
+@cache
+def _query_suspect_leases() -> Select[str, float]:
+    suspect = select(JOBS.c.lease, JOBS.c.lease_until_s).where(_is_suspect(only_attached=False))
+    return suspect.order_by(*QUEUE_ORDER).limit(_MAX_SUSPECTS)
 
 
 @cache

@@ -206,7 +206,7 @@ class Maintenance:
 
     def sweep_jobs(self) -> None:
         """Delete old jobs with their files, and fail jobs that no runner would ever claim."""
-        self.jobs.store.fail_unserved(self.config.keep_s)
+        self.jobs.store.fail_unserved(self.config.keep_s, self.model)
         for job in self.jobs.store.sweep(self.config.keep_s, self.config.max_kept):
             self.jobs.remove_files(job)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select, tuple_, update
+from sqlalchemy import and_, delete, func, or_, select, tuple_, update
 
 from cluster.events import QueuePosition
 from cosmos3_core.errors import RequestError
@@ -24,6 +24,7 @@ from deployments.jobs.keys import KeyLimits, KeyStore
 from deployments.jobs.queue import ClaimRequest, Fault
 from deployments.jobs.rows import change_job, end_job, find_events, find_job, find_leased, job_of
 from deployments.jobs.schema import JOBS, RUNNERS
+from deployments.jobs.silence import SilenceWatch
 from deployments.media.layout import is_job_id
 
 # Ended jobs that one transaction deletes, with up to 10,000 events each, and that one sweep deletes.
@@ -50,11 +51,17 @@ class Page:
 
 
 class JobStore:
-    """The jobs and API keys of one database; ``clock`` gives seconds since 1970."""
+    """The jobs and API keys of one database; ``clock`` gives seconds since 1970, ``monotonic`` those of any start."""
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        database: Database,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] | None = None,
+    ) -> None:
         self._database = database
         self._clock = clock
+        self._watch = SilenceWatch(monotonic)
         self.keys = KeyStore(database, clock)
 
     @classmethod
@@ -157,12 +164,13 @@ class JobStore:
     def claim(self, request: ClaimRequest) -> Job | None:
         """Claim the next job for a runner under a new lease; None if there is none for it.
 
-        A job whose lease has expired comes first: its runner died. It is ended instead if it was attached to that
-        runner, is being cancelled, or has had as many runners as it may. Then the first queued job.
+        A job whose lease has run out, and is not renewed while this store looks, comes first: its runner died. It is
+        ended instead if it was attached to that runner, is being cancelled, or has lost as many runs as it may. Then
+        the first queued job.
         """
         now_s = self._clock()
         with self._database.reading() as connection:
-            work = queue.check_work(connection, request, now_s)
+            work = queue.check_work(connection, request, self._watch, now_s)
         if not work.is_worth_a_claim:
             return None
         with self._database.writing(is_queue=True) as connection:
@@ -306,11 +314,13 @@ class JobStore:
             gone = connection.execute(delete(JOBS).where(JOBS.c.job_id.in_(ids)).returning(*JOBS.c))
             return sorted((job_of(row) for row in gone), key=lambda job: job.completed_s or 0.0)
 
-    def fail_unserved(self, silent_s: float) -> int:
-        """Fail jobs of models that have had no runner for ``silent_s``; return how many."""
+    def fail_unserved(self, silent_s: float, own_model: str = "") -> int:
+        """Fail jobs of models other than ``own_model`` that have had no runner for ``silent_s``; return how many."""
         since_s = self._clock() - silent_s
         served = select(RUNNERS.c.model).where(RUNNERS.c.alive_s >= since_s)
-        unserved = (JOBS.c.completed_s.is_(None), JOBS.c.updated_s < since_s, JOBS.c.model.not_in(served))
+        # The caller's own model is served, whatever its clock has done.
+        is_unserved = and_(JOBS.c.model.not_in(served), JOBS.c.model != own_model)
+        unserved = (JOBS.c.completed_s.is_(None), JOBS.c.updated_s < since_s, is_unserved)
         with self._database.writing(is_queue=True) as connection:
             rows = connection.execute(select(JOBS).where(*unserved).limit(_SWEPT_AT_ONCE)).all()
             for row in rows:

@@ -74,10 +74,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When which boundary fails, and when a runner is killed (None: never)."""
+    """When which boundary fails, when a runner is killed (None: never), and when the wall clock is set by how much."""
 
     windows: tuple[Window, ...]
     death_s: float | None
+    jumps: tuple[tuple[float, float], ...]
 
     @classmethod
     def draw(cls, seed: int) -> Schedule:
@@ -90,7 +91,10 @@ class Schedule:
             begin_s = source.uniform(0, _LAST_FAULT_S)
             end_s = begin_s + source.uniform(0.5, _MAX_FAULT_S)
             windows.append(Window(boundary, begin_s, end_s, boundary == "database" and source.random() < 0.3))
-        return cls(tuple(windows), source.uniform(0, _LAST_FAULT_S) if source.random() < 0.3 else None)
+        death_s = source.uniform(0, _LAST_FAULT_S) if source.random() < 0.3 else None
+        num_jumps = source.choice((0, 0, 1, 2))
+        jumps = tuple((source.uniform(0, _LAST_FAULT_S), source.choice((-3600.0, 3600.0))) for _ in range(num_jumps))
+        return cls(tuple(windows), death_s, jumps)
 
 
 @dataclass
@@ -282,6 +286,9 @@ class World:
         self._watch_claims()
         self.runners = [self._start_runner() for _ in range(2)]
         submitting = asyncio.create_task(self._submit_jobs())
+        loop = asyncio.get_running_loop()
+        for at_s, by_s in self.layer.schedule.jumps:
+            loop.call_at(at_s, self.clock.set_forward, by_s)
         if (death_s := self.layer.schedule.death_s) is not None:
             await asyncio.sleep(death_s)
             await self._kill(self.runners.pop(self._source.randrange(2)))

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import select
 
 from deployments.config import JobsConfig
+from deployments.jobs import queue
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, new_job_id
 from deployments.jobs.queue import ClaimRequest
 from deployments.jobs.schema import RATES, RUNNERS
@@ -54,9 +55,19 @@ def claim(
 ) -> Job | None:
     """Claim a job or None; ``changes`` go to the claim if it has the field, else to the limits."""
     own = {name: changes.pop(name) for name in ("model", "only_attached", "in_hand") if name in changes}
-    return store.claim(
-        ClaimRequest(runner=runner, lane=lane, config=limits.model_copy(update=changes), **{"model": MODEL, **own})
+    request = ClaimRequest(
+        runner=runner, lane=lane, config=limits.model_copy(update=changes), **{"model": MODEL, **own}
     )
+    _look_for_a_while(store, request)
+    return store.claim(request)
+
+
+def _look_for_a_while(store: JobStore, request: ClaimRequest) -> None:
+    """Look at the leases that a claim meets, and again a lease later: runners look twice a second."""
+    with store._database.reading() as connection:
+        queue.check_work(connection, request, store._watch, store._clock())
+    for seen in store._watch._groups.values():
+        seen |= {name: (time_s, since_s - LEASE_S) for name, (time_s, since_s) in seen.items()}
 
 
 def count_queued(store: JobStore, model: str = MODEL) -> int:

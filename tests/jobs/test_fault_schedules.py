@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ from tests.virtual_time import VirtualClock, run_virtually
 
 NUM_SEEDS = 1000
 MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(autouse=True)
+def no_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Keep thousands of planned failures out of the log."""
+    with caplog.at_level(logging.CRITICAL, "ray.serve"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,6 @@ def run_schedule(seed: int, layout: CheckpointLayout, empty_sqlite: Path) -> Cou
                 world.store.close()
             return world.layer.num_faults
 
-    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     return run_virtually(run)
 
 

@@ -100,7 +100,7 @@ def test_old_files_without_a_job_are_removed(end: str, maintenance: Maintenance,
         assert has_picture(maintenance, other)
     elif end == "not_served":
         clock.advance(1e6)
-        maintenance.sweep_jobs()
+        replace(maintenance, model="another").sweep_jobs()
     else:
         running = claim_existing(store)
         store.cancel(job.job_id)

@@ -23,6 +23,8 @@ from deployments.jobs.estimates import (
 )
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
+from deployments.jobs.queue import ClaimRequest
+from deployments.jobs.silence import SilenceWatch
 from deployments.jobs.store import JobStore
 from tests.clock import Clock
 from tests.jobs.making import (
@@ -371,6 +373,43 @@ def test_a_job_whose_runners_die_waits_while_no_other_succeeds(store: JobStore, 
             assert (waits.state, waits.fault, waits.attempts) == (JobState.QUEUED, "runner_died", 1)
             assert waits.retry_at_s == clock() + 2.0 ** (waits.num_faults - 1)
             clock.advance(2.0 ** (waits.num_faults - 1))
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0, LEASE_S + 1])
+def test_a_clock_that_jumps_takes_no_job_from_a_live_runner(jump_s: float, store: JobStore, clock: Clock) -> None:
+    """It goes on renewing its leases; a jump forward is what a suspended laptop meets, too."""
+    running = claim_new(store, attached_to="runner1")
+    waiting = enqueue(store, attached_to="runner1")[0]
+    request = ClaimRequest("runner2", MODEL, Lane.VIDEO, LIMITS)
+    now_s = 0.0
+    store._watch = SilenceWatch(lambda: now_s)
+    clock.advance(jump_s)
+    for _ in range(int(2 * LEASE_S)):
+        assert store.claim(request) is None
+        now_s += 0.5
+        clock.advance(0.5)
+        assert store.renew("runner1", [make_lease(running)], LEASE_S) == (set(), set())
+    assert [reload(store, job).state for job in (running, waiting)] == [JobState.IN_PROGRESS, JobState.QUEUED]
+
+
+@pytest.mark.parametrize(("jump_s", "after_s"), [(3600.0, 3.0), (-3600.0, LEASE_S)])
+def test_a_dead_runners_job_is_claimed_however_the_clock_jumps(
+    jump_s: float, after_s: float, store: JobStore, clock: Clock
+) -> None:
+    job = claim_new(store)
+    now_s = 0.0
+    store._watch = SilenceWatch(lambda: now_s)
+    clock.advance(jump_s)
+    while (claimed := store.claim(ClaimRequest("runner2", MODEL, Lane.VIDEO, LIMITS))) is None:
+        now_s += 0.5
+        clock.advance(0.5)
+    assert (claimed.job_id, now_s) == (job.job_id, after_s)
+
+
+def claim_new(store: JobStore, **changes: Any) -> Job:
+    """Enqueue a job, and claim it for its runner."""
+    enqueue(store, **changes)
+    return claim_existing(store, "runner1")
 
 
 def test_a_cancelled_job_of_a_dead_runner_ends(store: JobStore, clock: Clock) -> None:

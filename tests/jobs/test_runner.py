@@ -223,7 +223,7 @@ def test_a_job_fails_after_its_last_attempt_if_others_succeed(others_succeed: bo
             service.die()
         assert job is not None
         if others_succeed:
-            completed = {"state": "completed", "completed_s": time.time()}
+            completed = {"state": "completed", "started_s": time.time(), "completed_s": time.time()}
             with service.store._database.writing() as connection:
                 insert_job(connection, new_job(), 0.0, 0.0)
                 connection.execute(update(JOBS).where(JOBS.c.job_id != job.job_id).values(completed))
