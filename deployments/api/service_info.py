@@ -33,7 +33,9 @@ class NotReadyAnswer(ApiModel):
     """Requests should go elsewhere for now."""
 
     status: Literal["not ready", "shutting down"]
-    waiting_for: Annotated[tuple[str, ...], Field(description="stages without a running replica")] = ()
+    waiting_for: Annotated[
+        tuple[str, ...], Field(description="stages without a running replica, and faults that must pass first")
+    ] = ()
 
 
 _OPEN: dict[str, list[str]] = {"security": []}

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import ShuttingDown
+from cluster.errors import OverloadedError, ShuttingDown
 from cluster.events import Event
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.request import ResolvedRequest
@@ -335,7 +335,10 @@ class JobRunner:
         """Put a job back after a fault that is not its own; return whether it has ended instead."""
         is_loss = explained.blame is Blame.STAGE
         logger.warning("%s goes back to the queue", claimed.job.job_id, exc_info=explained.error)
-        (self.breaker.report_loss if is_loss else self.breaker.report_fault)(explained.code, explained.what)
+        if is_loss:
+            self.breaker.report_loss(explained.code, explained.what)
+        elif not isinstance(explained.error, OverloadedError | ShuttingDown):  # these pass by themselves
+            self.breaker.report_fault(explained.code, explained.what)
         if claimed.saved_states is not None:
             await claimed.saved_states.write_last()
         fault = Fault(explained.what, explained.code, explained.message, is_attempt_if_others_succeed=is_loss)
