@@ -63,9 +63,8 @@ class _Caller:
 
     context: RequestContext
     is_job_created: bool = False
-    items: asyncio.Queue[Event | Exception | None] = field(
-        default_factory=asyncio.Queue
-    )  # bounded by its steps and chunks
+    # Bounded by its steps and chunks. None: its job waits again.
+    items: asyncio.Queue[Event | Exception | None] = field(default_factory=asyncio.Queue)
     is_job_running: bool = False
     is_complete: bool = False  # the last item is in the queue
 

@@ -43,7 +43,7 @@ _MAX_SKEW_S = 2.0
 # Leases and runners that are looked at in one claim.
 _MAX_SUSPECTS = 1000
 # A job's pauses after faults of its surroundings: the first, twice as long each time, up to the longest.
-_FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+_FIRST_PAUSE_S, MAX_PAUSE_S, _MAX_DOUBLINGS = 1.0, 60.0, 10
 
 # Frequent queries are built once: building one takes as long as running it.
 
@@ -289,7 +289,7 @@ def postpone(connection: Connection, job: Job, fault: Fault, config: JobsConfig,
         connection,
         job,
         now_s,
-        pause_s=min(_FIRST_PAUSE_S * 2.0**job.num_faults, MAX_PAUSE_S),
+        pause_s=min(_FIRST_PAUSE_S * 2.0 ** min(job.num_faults, _MAX_DOUBLINGS), MAX_PAUSE_S),
         is_attempt=is_attempt,
         num_faults=job.num_faults + 1,
         fault=fault.what,

@@ -1,6 +1,6 @@
-"""Data of commit 35475f6, opened by this release: every job ends as it would have, every file is served.
+"""Data of earlier commits, opened by this release: every job ends as it would have, every file is served.
 
-The fixture is made by ``tests/fixtures/make_35475f6.py``, which says what is in it.
+The fixtures are made by ``tests/fixtures/make_fixture.py``, which says what is in them.
 """
 
 from __future__ import annotations
@@ -46,13 +46,19 @@ UNCHANGED = (
 DEADLINE_S = 200.0
 
 
+# Schema of a database -> the commit that wrote it.
+COMMITS = {"0001": "35475f6", "0002": "35475f6", "0003": "68506f4"}
+
+
 @pytest.fixture(scope="session")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked fixture; read-only."""
-    place = tmp_path_factory.mktemp("35475f6")
-    with tarfile.open(FIXTURES / "35475f6.tar.xz") as archive:
-        archive.extractall(place, filter="data")
-    return place
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Schema -> the unpacked fixture with databases of it; read-only."""
+    places = {}
+    for commit in set(COMMITS.values()):
+        places[commit] = tmp_path_factory.mktemp(commit)
+        with tarfile.open(FIXTURES / f"{commit}.tar.xz") as archive:
+            archive.extractall(places[commit], filter="data")
+    return {schema: places[commit] for schema, commit in COMMITS.items()}
 
 
 class OldRun:
@@ -61,7 +67,7 @@ class OldRun:
     def __init__(self, place: Path, url: str, schema: str) -> None:
         self.place, self.url = place, url
         # There were no attached jobs before.
-        self.has_attached = schema == "0002"
+        self.has_attached = schema != "0001"
         self.manifest: dict[str, Any] = json.loads((place / "manifest.json").read_text())
         self.jobs: dict[str, dict[str, Any]] = self.manifest["jobs"]
 
@@ -104,7 +110,9 @@ def run(request: pytest.FixtureRequest) -> str:
 
 
 FAST_DATABASE = "0002.sqlite3"
-DATABASES = (FAST_DATABASE, "0001.sqlite3", "0001.sql", "0002.sql")
+# With files in the old layout, and in today's.
+OLD_DATABASES = (FAST_DATABASE, "0001.sqlite3", "0001.sql", "0002.sql")
+DATABASES = (*OLD_DATABASES, "0003.sqlite3", "0003.sql")
 
 
 def slow_unless(is_fast: bool, value: str) -> Any:
@@ -112,8 +120,9 @@ def slow_unless(is_fast: bool, value: str) -> Any:
 
 
 @contextmanager
-def copy_run(run: Path, database: str, place: Path, request: pytest.FixtureRequest) -> Iterator[OldRun]:
+def copy_run(name: str, database: str, place: Path, request: pytest.FixtureRequest) -> Iterator[OldRun]:
     """Copy a run, with a database of one kind and schema, for the time of the block."""
+    run = request.getfixturevalue("unpacked")[database[:4]] / name
     if database.endswith(".sqlite3"):
         yield OldRun.copy(run, place, database)
         return
@@ -123,10 +132,10 @@ def copy_run(run: Path, database: str, place: Path, request: pytest.FixtureReque
         yield OldRun(place, url, database[:4])
 
 
-@pytest.fixture(params=[slow_unless(it == FAST_DATABASE, it) for it in DATABASES])
-def old_run(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Iterator[OldRun]:
+@pytest.fixture(params=[slow_unless(it == FAST_DATABASE, it) for it in OLD_DATABASES])
+def old_run(request: pytest.FixtureRequest, run: str, tmp_path: Path) -> Iterator[OldRun]:
     """A run for one test."""
-    with copy_run(unpacked / run, request.param, tmp_path / run, request) as old_run:
+    with copy_run(run, request.param, tmp_path / run, request) as old_run:
         yield old_run
 
 
@@ -143,33 +152,33 @@ class ServedRun:
 @pytest.fixture(
     scope="module",
     params=[
-        slow_unless((run, database) == ("directory", FAST_DATABASE), f"{run}/{database}")
+        slow_unless(run == "directory" and database in (FAST_DATABASE, "0003.sqlite3"), f"{run}/{database}")
         for run in ("directory", "archive")
         for database in DATABASES
     ],
 )
 def served_run(
     request: pytest.FixtureRequest,
-    unpacked: Path,
     loop: Loop,
     tiny_nano: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServedRun]:
     """A run whose jobs run once for all tests that read it."""
     run, database = request.param.split("/")
-    with copy_run(unpacked / run, database, tmp_path_factory.mktemp("opened") / run, request) as old_run:
+    with copy_run(run, database, tmp_path_factory.mktemp("opened") / run, request) as old_run:
         app = old_run.start(loop, tiny_nano)
         with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=old_run.headers("team")) as http:
             yield ServedRun(old_run, app, http)
         app.close()
 
 
-def test_the_checkpoint_is_that_of_the_fixture(unpacked: Path, tiny_nano: Path) -> None:
+def test_the_checkpoint_is_that_of_the_fixtures(unpacked: dict[str, Path], tiny_nano: Path) -> None:
     weights = hashlib.sha256()
     for path in sorted(tiny_nano.rglob("*")):
         if path.is_file():
             weights.update(path.relative_to(tiny_nano).as_posix().encode() + path.read_bytes())
-    assert weights.hexdigest() == (unpacked / "checkpoint.sha256").read_text().strip()
+    known = {(place / "checkpoint.sha256").read_text().strip() for place in unpacked.values()}
+    assert known == {weights.hexdigest()}
 
 
 def test_every_job_ends_and_every_file_is_served(served_run: ServedRun) -> None:
@@ -279,10 +288,10 @@ def kill_at_every_step(run: Path, database: str, place: Path, checkpoint: Path, 
 @pytest.mark.parametrize("database", ["0001.sqlite3", "0002.sqlite3"])
 @pytest.mark.parametrize("stride", [40, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_start_that_is_killed_at_any_step_loses_nothing(
-    run: str, database: str, stride: int, unpacked: Path, tiny_nano: Path, tmp_path: Path
+    run: str, database: str, stride: int, unpacked: dict[str, Path], tiny_nano: Path, tmp_path: Path
 ) -> None:
     """Steps of the database's upgrade, and of the files' after it."""
-    given = (unpacked / run, database, tmp_path, tiny_nano, stride)
+    given = (unpacked[database[:4]] / run, database, tmp_path, tiny_nano, stride)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork needs a process with one thread
         assert pool.submit(kill_at_every_step, *given).result(1700) >= 100 // stride
 
@@ -322,11 +331,11 @@ def test_while_an_earlier_director_runs_a_job_nothing_is_touched(old_run: OldRun
 
 
 def test_files_are_served_where_the_directory_was_lost(
-    run: str, unpacked: Path, loop: Loop, tiny_nano: Path, tmp_path: Path
+    run: str, unpacked: dict[str, Path], loop: Loop, tiny_nano: Path, tmp_path: Path
 ) -> None:
     """A new machine has the same archive; without one the files have expired."""
     place = tmp_path / run
-    shutil.copytree(unpacked / run, place)
+    shutil.copytree(unpacked["0002"] / run, place)
     for folder in (place / "media").iterdir():
         if run == "archive" or folder.name != "jobs":
             shutil.rmtree(folder)
