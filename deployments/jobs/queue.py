@@ -179,7 +179,7 @@ class ClaimableWork:
         is_alive_noted: the runner was noted as alive not long ago.
         dead_runners: runners that queued jobs are attached to and that are silent.
         dead_leases: leases of running jobs that are silent -> until when they are, as it was found.
-        has_queued: there are queued jobs.
+        has_queued: there are queued jobs, and no lease that has run out is still being looked at.
     """
 
     is_alive_noted: bool
@@ -211,8 +211,10 @@ def check_work(connection: Connection, claim: ClaimRequest, watch: SilenceWatch,
     lapsed = {lease: until_s for lease, until_s in leases.items() if until_s < now_s}
     ahead = {lease: until_s for lease, until_s in leases.items() if until_s >= now_s}
     dead = watch.find_silent(("lapsed", lane), lapsed, min(_PATIENCE * lease_s, _LONGEST_PATIENCE_S))
+    # Jobs of dead runners come first: while one may be about to show, no other is begun.
+    is_decided = len(dead) == len(lapsed)
     dead |= watch.find_silent(("ahead", lane), ahead, lease_s)
-    return ClaimableWork(bool(is_alive_noted), tuple(silent), dead, bool(has_queued))
+    return ClaimableWork(bool(is_alive_noted), tuple(silent), dead, bool(has_queued) and is_decided)
 
 
 def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork, now_s: float) -> Job | None:
