@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from cosmos3_core.errors import Cosmos3Error
 
@@ -27,6 +28,11 @@ class ApiError(Cosmos3Error):
 
     def __str__(self) -> str:
         return self.message
+
+    def as_json(self, **details: str) -> dict[str, Any]:
+        """Return the body of the answer; ``details`` are more fields of :class:`deployments.api.call.ErrorDetails`."""
+        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "code": self.code, "param": None, **details}}
 
 
 class BodyError(ApiError):

@@ -79,10 +79,10 @@ def error_response(error: BaseException) -> JSONResponse:
     """
     if isinstance(error, HTTPException):  # the framework's own: no such path, another method
         message = f"{error.detail}; /openapi.json has all routes"
-        return _response(error.status_code, "no_such_route", message, dict(error.headers or {}))
+        return _respond(ApiError(error.status_code, "no_such_route", message, dict(error.headers or {})))
     error, status, code, message, *_ = explain_error(error)
     if isinstance(error, ApiError):
-        return _response(status, code, message, error.headers)
+        return _respond(error)
     headers, details = {}, {}
     if isinstance(error, OverloadedError):
         metrics().record(REJECTIONS, 1, error.what)
@@ -90,13 +90,11 @@ def error_response(error: BaseException) -> JSONResponse:
         details = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}
     if status in (429, 503):
         headers = {"retry-after": str(math.ceil(getattr(error, "retry_after_s", _RETRY_AFTER_S)))}
-    return _response(status, code, message, headers, **details)
+    return _respond(ApiError(status, code, message, headers), **details)
 
 
-def _response(status: int, code: str, message: str, headers: dict[str, str], **details: str) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    body = {"error": {"message": message, "type": kind, "code": code, "param": None, **details}}
-    return JSONResponse(body, status_code=status, headers=headers)
+def _respond(error: ApiError, **details: str) -> JSONResponse:
+    return JSONResponse(error.as_json(**details), status_code=error.status, headers=error.headers)
 
 
 def answer_error(error: Exception, operation: str) -> JSONResponse:

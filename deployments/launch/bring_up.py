@@ -24,6 +24,7 @@ from ray import serve
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.auth import check_keys, is_loopback, requires_key
 from deployments.api.ingress import find_serve_address
+from deployments.api.proxy_guard import make_middlewares
 from deployments.app import build_app
 from deployments.clients.errors import UnreachableError
 from deployments.config import AppConfig, HttpConfig
@@ -187,7 +188,8 @@ def _serve(
     skips_stop = False
     try:
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": port})
+            options = {"host": http.host, "port": port, "middlewares": make_middlewares()}
+            serve.start(proxy_location="HeadOnly", http_options=options)
         except RAY_FAILURES as error:
             raise StartError(f"Serve did not start: {describe_failure(error)}") from None
         yield _make_url(http.host, port, head)

@@ -44,6 +44,12 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # else Serve's threads start another Ray after ours has shut down
 }
+# For a Ray that is started for this machine alone. Serve's own periods are for web pages behind a balancer.
+_LOCAL_RAY_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name, what makes Ray listen on loopback only
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three in a row, 30 s by default, until a dead proxy is replaced
+}
+_TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Flags of `serve` that are keys of the configuration: flag -> key, placeholder, help.
 _KEY_FLAGS: dict[str, tuple[str, str | None, str]] = {
     "--checkpoint": ("checkpoint", None, "directory"),
@@ -94,12 +100,14 @@ def _make_parser() -> argparse.ArgumentParser:
     check.add_argument("--url", help="of a running app; without it one is started here, checked and stopped")
     check.add_argument("--checkpoint", type=Path, help="for an app that is started here; default a tiny one")
     _add_api_key_flag(check)
+    _add_open_ray_flag(check)
     _add_timeout_flag(check, 600)
     demo = command("demo", _demo, "start the app with a tiny checkpoint, generate a video over HTTP, stop")
     demo.add_argument(
         "--checkpoint", type=Path, default=Path("outputs/tiny-nano"), help="made if not there: %(default)s"
     )
     demo.add_argument("--out", default="demo", metavar="PREFIX", help="writes PREFIX.mp4; default %(default)s")
+    _add_open_ray_flag(demo)
     _add_timeout_flag(demo, 600)
     for name, (_, text) in _PASSED_ON.items():
         commands.add_parser(name, help=f"{text}; `cosmos3 {name} --help` lists its flags")
@@ -129,6 +137,11 @@ _PASSED_ON: dict[str, tuple[Callable[[list[str]], int], str]] = {
 def _add_timeout_flag(parser: argparse.ArgumentParser, default_s: float) -> None:
     help_text = "for the request; default %(default)s"
     parser.add_argument("--timeout", type=_parse_seconds, default=default_s, metavar="SECONDS", help=help_text)
+
+
+def _add_open_ray_flag(parser: argparse.ArgumentParser) -> None:
+    help_text = "start Ray although RAY_AUTH_MODE=disabled lets every user of this machine run code as you"
+    parser.add_argument("--allow-open-ray", action="store_true", help=help_text)
 
 
 def _add_api_key_flag(parser: argparse.ArgumentParser) -> None:
@@ -254,16 +267,17 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--ray-address", help="of a Ray cluster to join; default $RAY_ADDRESS, else Ray is started here")
     add("--num-cpus", type=int, help="of the Ray that is started here; default as many as there are")
     add("--start-timeout", type=_parse_seconds, default=1800, metavar="SECONDS", help="default %(default)s")
+    _add_open_ray_flag(parser)
 
 
 def _serve(options: argparse.Namespace) -> int:
     keys = {key: getattr(options, flag.removeprefix("--")) for flag, (key, *_) in _KEY_FLAGS.items()}
     config = _read_config(options, keys)
-    _prepare_ray()
+    address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    _prepare_ray(is_alone=address == "local", allows_open=options.allow_open_ray)
     from deployments.api.auth import requires_key
     from deployments.launch.ray_session import Placement
 
-    address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
     with _run_app(config, placement) as app:
         try:
@@ -298,9 +312,22 @@ def _show_environment(app: RunningApp) -> str:
     return f"RAY_ADDRESS={app.ray_address}" + (f" RAY_AUTH_MODE={mode}" if mode else "")
 
 
-def _prepare_ray() -> None:
-    for name, value in _RAY_ENVIRONMENT.items():
+def _prepare_ray(*, is_alone: bool, allows_open: bool) -> None:
+    """Set what Ray reads when it is imported; raise Cosmos3Error for a Ray of our own that would be open to others."""
+    for name, value in (_RAY_ENVIRONMENT | (_LOCAL_RAY_ENVIRONMENT if is_alone else {})).items():
         os.environ.setdefault(name, value)
+    if not is_alone:
+        return
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        if not allows_open:
+            raise Cosmos3Error(
+                f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} lets every user of this machine run code as you. Unset "
+                "it, or add --allow-open-ray"
+            )
+    elif not any(map(os.environ.get, _TOKEN_SOURCES)):
+        from deployments.launch.ray_token import protect_token
+
+        protect_token(Path.home())
 
 
 def _say(line: str) -> None:
@@ -311,8 +338,8 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _run_laptop_app(checkpoint: Path) -> Iterator[RunningApp]:
-    _prepare_ray()
+def _run_laptop_app(checkpoint: Path, *, allows_open_ray: bool) -> Iterator[RunningApp]:
+    _prepare_ray(is_alone=True, allows_open=allows_open_ray)
     from deployments.config import DEFAULT_CONFIG, AppConfig
     from deployments.launch.ray_session import Placement
 
@@ -349,7 +376,7 @@ def _check(options: argparse.Namespace) -> int:
     else:
         with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
             checkpoint = options.checkpoint or _ensure_tiny_checkpoint(Path(directory) / "tiny-nano")
-            with _run_laptop_app(checkpoint) as app:
+            with _run_laptop_app(checkpoint, allows_open_ray=options.allow_open_ray) as app:
                 is_healthy = check_app(app.url, timeout_s=options.timeout, report=_say)
     return 0 if is_healthy else 1
 
@@ -361,7 +388,8 @@ def _demo(options: argparse.Namespace) -> int:
     from deployments.launch.app_calls import save_video
 
     OutputFile(Path(f"{options.out}.mp4"))  # refuses a place that cannot be written before the work
-    with _run_laptop_app(_ensure_tiny_checkpoint(options.checkpoint)) as app:
+    checkpoint = _ensure_tiny_checkpoint(options.checkpoint)
+    with _run_laptop_app(checkpoint, allows_open_ray=options.allow_open_ray) as app:
         _say(f"POST {app.url}/v1/videos/sync {json.dumps(_EXAMPLE)}")
         saved = save_video(app.url, GenerationRequest(**_EXAMPLE), Path(options.out), timeout_s=options.timeout)
     assert saved.path is not None, "a video was asked for"

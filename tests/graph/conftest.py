@@ -83,7 +83,7 @@ def ray_cluster() -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "middlewares": make_middlewares()})
     yield port
     serve.shutdown()
     ray.shutdown()

@@ -1,0 +1,193 @@
+"""What Serve's HTTP proxies run in front of everything: bounds on a request's head, and JSON for Serve's own errors.
+
+Serve's server is uvicorn with httptools, which buffers a head of any size before any code sees it. Here uvicorn runs
+with h11, whose buffer is bounded. A front server of our own would add a hop to every request, and Serve's HAProxy mode
+listens on all interfaces and takes 30 s to stop.
+
+:func:`make_middlewares` is for ``http_options`` of ``serve.start``. Where Serve is started by other means, each node
+needs ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.proxy_guard.make_middlewares``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import h11
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http import auto
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from deployments.errors import ApiError
+
+logger = logging.getLogger("ray.serve")
+
+MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
+"""Bounds of a request's line and headers: their bytes, their number, and the seconds until the last of them."""
+
+# A mark of the app's own answers: :class:`deployments.api.app.Guard` sets it.
+_OWN_MARK = "x-content-type-options"
+_ROUTES_PATH, _HEALTH_PATH = "/-/routes", "/-/healthz"
+
+_TOO_LARGE = ApiError(
+    431,
+    "head_too_large",
+    f"the request's line and headers must have at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers",
+)
+_TOO_SLOW = ApiError(408, "head_too_slow", f"the request's line and headers must come within {HEAD_S:g} s")
+_BROKEN = ApiError(400, "broken_request", "the request is not valid HTTP/1.1")
+_NOT_UTF8 = ApiError(
+    400, "invalid_header", "headers that the service reads must be UTF-8, and this one has other bytes"
+)
+_NO_ROUTE = ApiError(404, "no_such_route", "Not Found; /openapi.json has all routes")
+_LOST = ApiError(
+    503,
+    "unavailable",
+    "the process that was to answer is gone; if this was a new request, it may have been accepted: send it again with "
+    "the same Idempotency-Key, or look into GET /v1/videos",
+    {"retry-after": "5"},
+)
+
+
+def make_middlewares() -> list[Middleware]:
+    """Return the middlewares of Serve's proxies."""
+    return [Middleware(ProxyGuard)]
+
+
+class ProxyGuard:
+    """The outermost middleware of a proxy. Serve makes it just before its server starts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        auto.AutoHTTPProtocol = BoundedProtocol  # what uvicorn starts where its options name none, as Serve's do
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request; answer in JSON what Serve itself refuses or fails at."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or path == _HEALTH_PATH:
+            await self._app(scope, receive, send)
+        elif path == _ROUTES_PATH:
+            await _respond(_NO_ROUTE)(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        replaced: JSONResponse | None = None
+        is_started = False
+
+        async def send_json(message: Message) -> None:
+            nonlocal replaced, is_started
+            if message["type"] == "http.response.start":
+                replaced = _replace_serves_error(message)
+                is_started = replaced is None
+            if replaced is None:
+                await send(message)
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                is_started = True
+                await replaced(scope, receive, send)
+
+        try:
+            await self._app(scope, receive, send_json)
+        except Exception as error:
+            if is_started:
+                raise
+            is_own_fault = not isinstance(error, UnicodeDecodeError)  # Serve reads some headers as UTF-8
+            if is_own_fault:
+                logger.exception("the proxy failed at %s %s", scope["method"], scope["path"])
+            await _respond(_LOST if is_own_fault else _NOT_UTF8)(scope, receive, send)
+
+
+def _replace_serves_error(start: Message) -> JSONResponse | None:
+    """Return what is sent instead of an answer that begins so; None if it is the app's own, or no error."""
+    headers = Headers(raw=start["headers"])
+    if start["status"] < 400 or _OWN_MARK in headers or not headers.get("content-type", "").startswith("text/plain"):
+        return None
+    kept = {name: value for name, value in headers.items() if name in ("x-request-id", "retry-after")}
+    if start["status"] == 404:
+        return _respond(_NO_ROUTE, kept)
+    return _respond(_LOST, kept)
+
+
+def _respond(error: ApiError, headers: Mapping[str, str] = MappingProxyType({})) -> JSONResponse:
+    return JSONResponse(error.as_json(), status_code=error.status, headers={**error.headers, **headers})
+
+
+class _BoundedConnection(h11.Connection):
+    """Parser of one connection's requests that also bounds heads which come in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD_BYTES)
+        self.refusal = _BROKEN
+
+    def next_event(self) -> Any:
+        """Return the next event; raise RemoteProtocolError, with :attr:`refusal` set."""
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            if error.error_status_hint == _TOO_LARGE.status:
+                self.refusal = _TOO_LARGE
+            raise
+        if isinstance(event, h11.Request):
+            headers = event.headers.raw_items()
+            num_bytes = len(event.target) + sum(len(name) + len(value) + len(": \r\n") for name, value in headers)
+            if num_bytes > MAX_HEAD_BYTES or len(headers) > MAX_HEADERS:
+                self.refusal = _TOO_LARGE
+                raise h11.RemoteProtocolError(_TOO_LARGE.message, _TOO_LARGE.status)
+        return event
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol on h11, with bounds on a request's head, and JSON for what cannot be parsed."""
+
+    conn: _BoundedConnection
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = _BoundedConnection()
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the time of the first request's head."""
+        super().connection_made(transport)
+        self._start_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has come."""
+        self._start_timer()
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the time with the connection."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _start_timer(self) -> None:
+        if self._head_timer is None and self.conn.their_state is h11.IDLE:
+            self._head_timer = self.loop.call_later(HEAD_S, self._refuse, _TOO_SLOW)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what could not be parsed."""
+        self._refuse(self.conn.refusal)
+
+    def _refuse(self, refusal: ApiError) -> None:
+        """Answer, unless an answer has begun, and close the connection."""
+        self._stop_timer()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = _respond(refusal, {"connection": "close"})
+            response = h11.Response(status_code=refusal.status, headers=answer.raw_headers)
+            for event in (response, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
