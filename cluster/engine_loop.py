@@ -2,25 +2,29 @@
 
 Every request is queued here, where its class is known, never in a router in front; :mod:`cluster.step_scheduler`
 picks the next one. Between quanta a request keeps its state on every rank, within a bound: to make room it is parked,
-its state with the leader, and resumed later. A cancelled request leaves at the next quantum. Callers get the state of
-a running request periodically, and another gang can resume it. For a preview, rank 0 returns colours between two
-quanta, and the leader encodes the file during the next one.
+its state with the leader, and resumed later. A cancelled request leaves at the next quantum, or between two layers of
+a long step. Callers get the state of a running request periodically, and another gang can resume it. For a preview,
+rank 0 returns colours between two quanta, and the leader encodes the file during the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ray.exceptions import RayError
+
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, OutOfMemory, OverloadedError, PreviewFailed
+from cluster.errors import DeadlineExceeded, GangFailed, OutOfMemory, OverloadedError, PreviewFailed, StepLeft
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.gang import Gang
 from cluster.gang_meter import BusyClock, GangMeter
+from cluster.layer_gate import leave_step
 from cluster.leader_loop import LeaderLoop
 from cluster.logs import LogOrigin, log_event
 from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
@@ -36,6 +40,8 @@ logger = logging.getLogger("ray.serve")
 _QUANTUM_S = 0.25
 # A gang counts as hung when a quantum takes this many times as long as the last one, and longer than the floor.
 _PATIENCE = 20
+# A step that goes on for so long after its caller has left is left as well.
+_LONG_STEP_S = 1.0
 # Saving states may take this share of a gang's time.
 _SAVING_SHARE = 0.05
 
@@ -95,7 +101,7 @@ class _Job:
     start_s: float
     updates: asyncio.Queue[Update | Exception] = field(default_factory=asyncio.Queue)
     position: int | None = None
-    is_cancelled: bool = False
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # set when its caller leaves
     has_begun: bool = False
     step_s: float | None = None
     save_at_s: float = 0.0
@@ -188,7 +194,7 @@ class EngineLoop(LeaderLoop[_Job]):
                     return
         finally:
             # Only a flag, and only the loop acts on it: a task that is being cancelled must not call the ranks.
-            job.is_cancelled = True
+            job.left.set()
             self._wake.set()
 
     async def _work(self) -> None:
@@ -209,7 +215,7 @@ class EngineLoop(LeaderLoop[_Job]):
     async def _drop_abandoned(self) -> None:
         """Drop requests whose caller has left or died, and those past their deadline."""
         for job in list(self._scheduler):
-            if job.is_cancelled or self._now_s() >= job.deadline_s:
+            if job.left.is_set() or self._now_s() >= job.deadline_s:
                 job.updates.put_nowait(DeadlineExceeded("denoise", job.limit_s))
                 await self._remove(job)
 
@@ -264,9 +270,10 @@ class EngineLoop(LeaderLoop[_Job]):
             num_steps = max(1, round(_QUANTUM_S / max(job.step_s, 1e-6)))
             timeout_s = max(self._spec.quantum_timeout_s, _PATIENCE * job.step_s * num_steps)
         try:
-            reports: list[StepReport] = await self._gang.call_refusable(
-                "step", job.try_id, num_steps, phase="step", timeout_s=timeout_s
-            )
+            reports = await self._step(job, num_steps, timeout_s)
+        except StepLeft as error:
+            self._log(job, "gang left a step", layer=error.layer)
+            return
         except OutOfMemory as error:
             self._refuse(job, error)
             return
@@ -290,6 +297,21 @@ class EngineLoop(LeaderLoop[_Job]):
             job.is_saved_state_consumed = False
             cost_s = self._now_s() - start_s
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
+
+    async def _step(self, job: _Job, num_steps: int, timeout_s: float) -> list[StepReport]:
+        """Run steps on all ranks; raise StepLeft if the caller left, or the time was up, in the midst of a long one."""
+        call = asyncio.ensure_future(
+            self._gang.call_refusable("step", job.try_id, num_steps, phase="step", timeout_s=timeout_s)
+        )
+        left = asyncio.ensure_future(job.left.wait())
+        left_s = max(0.0, job.deadline_s - self._now_s())
+        await asyncio.wait((call, left), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
+        await asyncio.wait((call,), timeout=_LONG_STEP_S)
+        if not call.done():
+            with contextlib.suppress(TimeoutError, RayError):  # the call of the step says why
+                await leave_step(self._gang.call_gates)
+        return await call
 
     async def _preview(self, job: _Job, order: PreviewOrder, last: StepDone) -> None:
         """Make a due preview, unless another is being made; the gang waits only for rank 0's colours."""

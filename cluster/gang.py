@@ -34,6 +34,8 @@ logger = logging.getLogger("ray.serve")
 _AGREE_S = 30.0
 # Until Ray reports a process that has died.
 _DEATH_S = 3.0
+# The thread of a rank for calls beside its work, and how long they may take: they only wait for a lock.
+_GATE, _GATE_S = "gate", 10.0
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,15 @@ class Gang:
                 raise error
         return _collect_results(calls, errors, method, phase, timeout_s)
 
+    async def call_gates(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every rank's gate between layers, beside the step that runs; return the answers.
+
+        Raise TimeoutError or RayError if a rank does not answer; the call of the step says why.
+        """
+        calls = [actor.call_gate.options(concurrency_group=_GATE).remote(method, *arguments) for actor in self._actors]
+        async with asyncio.timeout(_GATE_S):
+            return list(await asyncio.gather(*calls))
+
     async def _await_first_failure(
         self, method: str, arguments: tuple[Any, ...], timeout_s: float
     ) -> list[asyncio.Future[Any]]:
@@ -203,7 +214,7 @@ def _start_actors(spec: GangSpec) -> list[Any]:
         raise GangFailed("place", f"the placement group has {len(nodes)} bundles for {spec.rank.num_ranks} ranks")
     order = order_ranks(nodes, ray.get_runtime_context().get_node_id())
     logger.info("gang 1/5 place: bundles in rank order %s", order)
-    actor_class = ray.remote(spec.rank.rank_class)
+    actor_class = ray.remote(concurrency_groups={_GATE: 1})(spec.rank.rank_class)
     return [
         actor_class.options(
             num_cpus=spec.cpus_per_rank,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
 from cluster.events import StepDone
+from cluster.layer_gate import LayerGate
 from cluster.logs import LogOrigin
 from cluster.rank import Loaded, Rank, RankSpec, run_within_memory
 from cosmos3_core.denoise_request import DenoiseRequest
@@ -34,6 +35,10 @@ _WARM_UP = DenoiseRequest(
     flow_shift=10.0,
     seed=0,
 )
+
+
+# Of a longer step each layer is awaited, not just queued on the device: such a step may be left between two.
+_LONG_STEP_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class TransformerRank(Rank):
         self._layout = spec.layout
         self._groups: Groups | None = None
         self._jobs: dict[str, tuple[DenoisePlan, DenoiseState]] = {}
+        self._gate = LayerGate()
+        self._awaits_layers = False
 
     def _make_groups(self, store: Any) -> None:
         from cosmos3_core.device import collective_backend
@@ -113,6 +120,8 @@ class TransformerRank(Rank):
         denoiser = self._loaded_model = Denoiser(
             transformer, layout.geometry, layout.scheduler, branch_share=branch_share(groups)
         )
+        for layer in transformer.generation.layers:
+            layer.register_forward_pre_hook(self._enter_layer)
         seconds = time.perf_counter() - start_s
         return TransformerLoaded(seconds, names_of(transformer.ops), denoiser.request_memory)
 
@@ -151,8 +160,22 @@ class TransformerRank(Rank):
         with self._log.begin(try_id, origin):
             self._jobs[try_id] = run_within_memory(self._device, begin, lambda: self.end(try_id))
 
+    def _enter_layer(self, *_: object) -> None:
+        from cosmos3_core.device import synchronize
+
+        if self._awaits_layers:
+            synchronize(self._device)
+        self._gate.enter_layer()
+
+    def call_gate(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the gate between layers, beside a step that runs in another thread."""
+        return getattr(self._gate, method)(*arguments)
+
     def step(self, try_id: str, num_steps: int) -> StepReport:
-        """Run up to ``num_steps`` steps of a request; on OutOfMemory nothing of it is kept."""
+        """Run up to ``num_steps`` steps of a request; on OutOfMemory nothing of it is kept.
+
+        Raise StepLeft if the leader has all ranks leave a step: the request is as before the call.
+        """
         from cosmos3_core.device import synchronize
 
         start_s = time.perf_counter()
@@ -162,7 +185,11 @@ class TransformerRank(Rank):
         def step() -> tuple[DenoisePlan, DenoiseState]:
             plan, state = self._jobs[try_id]
             for _ in range(min(num_steps, plan.num_steps - state.step_index)):
-                state = denoiser.step(plan, state)
+                self._gate.begin_step(denoiser.count_layers(plan, state))
+                try:
+                    state = denoiser.step(plan, state)
+                finally:
+                    self._gate.end_step()
                 done.append((state.step_index, plan.num_steps, plan.solver.schedule.sigmas[state.step_index]))
             synchronize(denoiser.transformer.device)  # a quantum is over when its steps are done, not queued
             return plan, state
@@ -170,6 +197,7 @@ class TransformerRank(Rank):
         with self._log.resume(try_id, "step"):
             self._jobs[try_id] = run_within_memory(self._device, step, lambda: self.end(try_id))
         seconds = time.perf_counter() - start_s
+        self._awaits_layers = seconds > _LONG_STEP_S * len(done)
         return StepReport(tuple(StepDone(*it, seconds / len(done), os.getpid()) for it in done), seconds)
 
     def read_state(self, try_id: str) -> TensorEnvelope:

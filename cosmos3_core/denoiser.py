@@ -217,6 +217,11 @@ class Denoiser:
             solver[name] = replace(solver[name], sample=plan.initial[name].restore(solver[name].sample))
         return DenoiseState(state.step_index + 1, solver, state.fingerprint)
 
+    def count_layers(self, plan: DenoisePlan, state: DenoiseState) -> int:
+        """Return how many layers of the generation tower the next step runs here, over all its forward passes."""
+        num_branches = plan.num_branches_at(plan.solver.schedule.timesteps[state.step_index])
+        return len(self._own_branches(plan, num_branches)) * len(self.transformer.generation.layers)
+
     def run(
         self, plan: DenoisePlan, state: DenoiseState | None = None, on_step: Callable[[StepEvent], None] | None = None
     ) -> DenoiseState:
@@ -242,11 +247,9 @@ class Denoiser:
         # In the order of the positions, the same on all ranks: a saved state does not keep it.
         latents = {name: state.latents[name] for name in plan.initial}
         num_branches, share = plan.num_branches_at(timestep), self._branch_share
-        # At a step without guidance, a rank with the unconditional branch has nothing to run.
-        branches = plan.branches[:num_branches] if share is None or share.index < num_branches else ()
         predictions = [
             self.transformer.velocity(latents, plan.noise_masks, timestep, branch.text, branch.rope, plan.domain_id)
-            for branch in branches
+            for branch in self._own_branches(plan, num_branches)
         ]
         if share is not None:
             own = {name: velocity.float() for name, velocity in predictions[0].items()} if predictions else None
@@ -255,6 +258,11 @@ class Denoiser:
             return {name: velocity.float() for name, velocity in predictions[0].items()}
         conditional, unconditional = predictions
         return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
+
+    def _own_branches(self, plan: DenoisePlan, num_branches: int) -> tuple[Branch, ...]:
+        """Return the branches that run here at a step; a rank with the unconditional one may have none."""
+        share = self._branch_share
+        return plan.branches[:num_branches] if share is None or share.index < num_branches else ()
 
     def _fingerprint(self, request: DenoiseRequest) -> str:
         """Hash the request and the fields of the config that no split changes: the same on every rank."""

@@ -17,8 +17,9 @@ import pytest
 from cluster import engine_loop, leader_loop
 from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, SavedState
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
+from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed, StepLeft
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
+from cluster.layer_gate import Position
 from cluster.logs import LogOrigin
 from cluster.transformer_rank import StepReport
 from cosmos3_core.denoise_request import DenoiseRequest
@@ -27,7 +28,7 @@ from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.prompt_ledger import PromptOrders, RequestMemory, text_key
 from cosmos3_core.shapes import LatentShape
 from tests.observability.recording import CallRecorder
-from tests.settling import run, settle
+from tests.settling import run, settle, until
 
 VIDEO, IMAGE = LatentShape(2, 1, 1), LatentShape(1, 1, 1)
 
@@ -53,6 +54,9 @@ class FakeGang:
     gate: asyncio.Semaphore | None = None  # one place a quantum
     reported_step_s: float | None = None  # reported seconds per step, if not the real ones
     max_begun: int = 0
+    long_steps_of: str | None = None  # a request whose steps end only by being left
+    step_was_left: asyncio.Event = field(default_factory=asyncio.Event)
+    gate_error: Exception | None = None
     # 100 bytes for each latent frame.
     request_memory: RequestMemory = RequestMemory(100, 0, 0, 0, 0, 1)  # noqa: RUF009 - frozen
 
@@ -92,6 +96,9 @@ class FakeGang:
             if self.no_memory_at_step is not None and done >= self.no_memory_at_step and job_id == "large":
                 del self.progress[job_id]
                 raise OutOfMemory("of 1 GiB")
+            if job_id == self.long_steps_of:
+                await self.step_was_left.wait()
+                raise StepLeft(7)
             if self.gate is not None:
                 await self.gate.acquire()
             count = min(arguments[1], total - done)
@@ -111,6 +118,16 @@ class FakeGang:
         elif method == "end":
             self.progress.pop(job_id, None)
         return [None]
+
+    async def call_gates(self, method: str, *arguments: Any) -> list[Any]:
+        if self.gate_error is not None:
+            raise self.gate_error
+        if method == "read_position":
+            return [Position(1, 5, 100)]
+        if method == "decide":
+            assert arguments == (True,)
+            self.step_was_left.set()
+        return [True]
 
     def calls_of(self, method: str) -> list[Any]:
         """List the arguments of a method's calls."""
@@ -267,6 +284,45 @@ def test_a_request_past_its_deadline_fails() -> None:
         with pytest.raises(DeadlineExceeded):
             await task
         assert 0 < sum(arguments[1] for arguments in gang.calls_of("step") if arguments[0] == "a") < 1000
+
+    run(body())
+
+
+@pytest.mark.parametrize("limit_s", [60.0, 0.2], ids=["its caller leaves", "its time is up"])
+def test_a_long_step_is_left_between_layers(limit_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_loop, "_LONG_STEP_S", 0.05)
+
+    async def body() -> None:
+        gang = FakeGang(long_steps_of="long")
+        loop = loop_on(gang, first_step_timeout_s=30.0)
+
+        async def follow_long() -> None:
+            async for _ in loop.submit("long", request(5), limit_s):
+                pass
+
+        task = asyncio.create_task(follow_long())
+        await until(lambda: bool(gang.calls_of("step")))
+        if limit_s > 1:
+            task.cancel()
+        assert isinstance((await follow(loop, "next", 5))[-1], Denoised)
+        assert loop.failure is None
+        assert "long" not in gang.progress
+        with pytest.raises((asyncio.CancelledError, DeadlineExceeded)):
+            await task
+
+    run(body())
+
+
+def test_a_rank_that_does_not_answer_about_its_layers_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_loop, "_LONG_STEP_S", 0.0)
+
+    async def body() -> None:
+        gang = FakeGang(step_s=0.2, gate_error=TimeoutError())
+        loop = loop_on(gang)
+        task = asyncio.create_task(follow(loop, "a", 1000))
+        await until(lambda: bool(gang.calls_of("step")))
+        task.cancel()
+        assert isinstance((await follow(loop, "b", 1))[-1], Denoised)
 
     run(body())
 

@@ -50,6 +50,9 @@ class FakeDenoiser:
     def start(self, plan: Any) -> Any:
         return SimpleNamespace(step_index=0)
 
+    def count_layers(self, plan: Any, state: Any) -> int:
+        return 1
+
     def step(self, plan: Any, state: Any) -> Any:
         self._work("step")
         return SimpleNamespace(step_index=state.step_index + 1)
