@@ -22,7 +22,7 @@ from cosmos3_core.errors import MediaError
 from deployments.api.call import CurrentCall, VideoId, make_router
 from deployments.api.openapi import conditional_headers, content_answers, responses
 from deployments.errors import ApiError
-from deployments.media.layout import DONE, FAILED, MediaRecord
+from deployments.media.layout import DONE, FAILED, LIVE_KEPT_S, MediaRecord
 from deployments.media.store import MediaStore
 from deployments.media.variants import CONTENT_VARIANTS, VIDEO
 from deployments.observability.metrics import SENT_BYTES, metrics
@@ -239,6 +239,7 @@ async def read_live(store: MediaStore, record: MediaRecord) -> AsyncGenerator[by
     failed, was removed, or has not grown for as long as the store keeps files.
     """
     num_bytes, grown_s = 0, time.monotonic()
+    touched_s = grown_s
     if not record.live_name:
         while (record := await asyncio.to_thread(_find_unfailed, store, record.media_id)).state != DONE:
             if time.monotonic() - grown_s > store.keep_s:
@@ -249,6 +250,9 @@ async def read_live(store: MediaStore, record: MediaRecord) -> AsyncGenerator[by
                 yield whole_part
         return
     while (part := await asyncio.to_thread(_read_live_part, store, record.media_id, num_bytes)) is not None:
+        if time.monotonic() - touched_s > LIVE_KEPT_S / 2:  # of a finished clip it would be removed
+            touched_s = time.monotonic()
+            await asyncio.to_thread(store.objects.touch, f"{record.media_id}/{record.live_name}")
         if part:
             yield part
             num_bytes, grown_s = num_bytes + len(part), time.monotonic()

@@ -5,7 +5,7 @@
         checkpoint              the saved state that a runner resumes from
         <32 hex>/               one try of its result; its media id is JOB/TRY (:mod:`.store`)
             begun.json          record of its begin
-            live.mp4            grows while it is encoded; readers may follow it
+            live.mp4            grows while it is encoded; readers may follow it; removed once all have read it
             clip.mp4            the finished file
             ended.json          record of its end, done or failed; created once
             thumbnail.json      record of a variant, and thumbnail-<16 hex>.webp, its file (:mod:`.variants`)
@@ -79,6 +79,9 @@ def is_media_id(value: object) -> bool:
 BEGUN, ENDED = "begun.json", "ended.json"
 """Records of a try; the second one counts if both are there."""
 
+LIVE_KEPT_S = 300.0
+"""How long a live file stays once its clip is done and nobody reads it; readers touch it twice in that time."""
+
 _Seconds = Annotated[float, Field(ge=0, le=1e18)]
 _MAX_RECORD_BYTES = 1 << 16
 
@@ -93,7 +96,8 @@ class MediaRecord:
         reason: of a failure, in words.
         media_type: MIME type of both files.
         file_name: of the finished file, in the try's folder; there when ``done``.
-        live_name: of the file that grows, there from the first bytes on; "" if there is none.
+        live_name: of the file that grows, there from the first bytes on; "" if there is none. Of a finished clip it
+            may be gone.
         num_bytes: of the finished file, 0 before.
         sha256: of the finished file, "" before.
         created_s, updated_s: seconds since 1970, of the begin and the last change, by their writers' clocks.

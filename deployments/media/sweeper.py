@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deployments.media.fsspec_objects import Objects
 from deployments.media.job_files import read_written_s
-from deployments.media.layout import JOB_ID, TRY_ID, WRITING, find_record
+from deployments.media.layout import DONE, JOB_ID, LIVE_KEPT_S, TRY_ID, WRITING, find_record
 from deployments.media.old_layout import list_old_folders
 
 FindNeeds = Callable[[Sequence[str]], Mapping[str, float | None]]
@@ -63,7 +63,11 @@ def sweep(
             folders.append(_Folder(job_id, math.inf, False))
     num_removed = sum(objects.remove(folder.path) for folder in folders if folder.left_s <= 0)
     kept = [folder for folder in folders if folder.left_s > 0 and JOB_ID.fullmatch(folder.path)]
-    return num_removed + (_make_room(objects, kept, max_bytes) if max_bytes < math.inf else 0)
+    if max_bytes == math.inf:  # an archive: files do not grow there, and listing costs money
+        return num_removed
+    for folder in kept:
+        _remove_live_files(objects, folder.path, now_s)
+    return num_removed + _make_room(objects, kept, max_bytes)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,17 @@ class _UnknownFolders:
     def _compute_left_s(self, changed_s: float, stays_s: float) -> float:
         # A folder of unknown age may be new: it stays.
         return changed_s + stays_s - self.now_s if changed_s else math.inf
+
+
+def _remove_live_files(objects: Objects, folder: str, now_s: float) -> None:
+    """Remove the files that have grown to finished ones, and that nobody has read for a while."""
+    for name in filter(TRY_ID.fullmatch, objects.names(folder)):
+        place = f"{folder}/{name}"
+        live = [file for file in objects.names(place) if file.startswith("live.")]
+        if live and now_s - objects.measure(place)[1] > LIVE_KEPT_S:
+            record = find_record(objects, place)
+            if record is not None and record.state == DONE:
+                objects.remove(place, live[0])
 
 
 def _make_room(objects: Objects, folders: Sequence[_Folder], max_bytes: float) -> int:

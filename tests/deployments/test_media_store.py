@@ -84,6 +84,34 @@ def test_a_clip_is_written_then_complete(store: MediaStore) -> None:
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json", "live.mp4"]
 
 
+@pytest.mark.parametrize(("age_s", "touched_s", "is_kept"), [(400, None, False), (200, None, True), (400, 200, True)])
+def test_the_live_file_of_a_finished_clip_goes_once_nobody_reads_it(
+    age_s: float, touched_s: float | None, is_kept: bool, tmp_path: Path
+) -> None:
+    store = MediaStore(tmp_path, max_bytes=1 << 20, keep_s=86400.0)
+    media_id, entry = begin(store)
+    assert entry.live_path is not None
+    entry.live_path.write_bytes(b"grows")
+    entry.path.write_bytes(DATA)
+    entry.finish()
+    make_older(store, media_id, age_s)
+    if touched_s is not None:  # as readers do
+        os.utime(entry.live_path, (time.time() - touched_s,) * 2)
+    assert sweep(store) == 0
+    assert entry.live_path.exists() == is_kept
+    assert read(store, media_id) == DATA
+
+
+def test_the_live_file_of_a_clip_that_is_written_stays(tmp_path: Path) -> None:
+    store = MediaStore(tmp_path, max_bytes=1 << 20, keep_s=86400.0)
+    media_id, entry = begin(store)
+    assert entry.live_path is not None
+    entry.live_path.write_bytes(b"grows")
+    make_older(store, media_id, 4000.0)
+    sweep(store)
+    assert entry.live_path.exists()
+
+
 def test_a_clip_may_lack_a_live_file(store: MediaStore) -> None:
     media_id, entry = begin(store, is_live=False)
     assert entry.live_path is None

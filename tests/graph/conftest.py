@@ -67,6 +67,8 @@ def ray_cluster() -> Iterator[int]:
     import ray.serve._private.client as serve_client
     from ray import serve
 
+    from deployments.api.proxy_guard import make_middlewares
+
     serve_client.CLIENT_POLLING_INTERVAL_S = 0.05
     serve.run = count_runs(serve.run)
     ray.init(
