@@ -149,14 +149,15 @@ class Rank(ABC):
 
 def run_within_memory(device: torch.device, work: Callable[[], T], forget: Callable[[], object] = lambda: None) -> T:
     """Return the result of ``work``; if memory runs out, call ``forget``, free the memory and raise OutOfMemory."""
-    from cosmos3_core.device import forget_unused_memory, is_out_of_memory
+    from cosmos3_core.device import forget_unused_memory, is_out_of_memory, read_peak_bytes
 
     try:
         return work()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        what = str(error).splitlines()[0]
+        peak_gib = read_peak_bytes(device) / 2**30
+        what = f"{(str(error).splitlines() or ['an allocation failed'])[0]} (most held so far: {peak_gib:.2f} GiB)"
     # After the except block: the error's traceback would keep the failed work's tensors alive.
     forget()
     forget_unused_memory(device)

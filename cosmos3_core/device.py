@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -58,6 +59,13 @@ def peak_allocated_bytes(device: torch.device, work: Callable[[], object]) -> in
     before = torch.cuda.memory_allocated(device)
     work()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def read_peak_bytes(device: torch.device) -> int:
+    """Return the most bytes that tensors on a GPU, or this process on the CPU, have held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -111,8 +111,13 @@ def unwrap_error(error: BaseException) -> BaseException:
 
 
 def translate_error(error: BaseException, stage: str) -> BaseException:
-    """Translate errors of Ray and Serve (a full queue, a dead process) into our own types; return others unchanged."""
+    """Translate errors of Python, Ray and Serve (no memory, a full queue, a dead process) into our own types.
+
+    Others are returned unchanged.
+    """
     error = unwrap_error(error)
+    if isinstance(error, MemoryError):
+        return OutOfMemory(str(error))
     if isinstance(error, BackPressureError):
         return OverloadedError(f"calls waiting for the stage {stage!r}", error.args[1], _FULL_QUEUE_S)
     if isinstance(error, ray_errors.RayError | RayServeException) and not isinstance(error, Cosmos3Error):

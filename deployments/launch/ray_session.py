@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -79,10 +80,13 @@ class Placement:
 def ray_session(placement: Placement) -> Iterator[None]:
     """Connect to Ray, or start it (StartError if neither works), for the block. Inside, SIGTERM acts as Ctrl-C."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    sessions: Path | None = None
     try:
         _set_handlers(signal.default_int_handler)
         try:
             _start(placement)
+            if placement.is_alone:
+                sessions = Path(ray.nodes()[0]["RayletSocketName"]).parents[2]
             yield
         finally:
             # Interrupting Ray's shutdown would leave processes behind; it takes little more than a second.
@@ -90,6 +94,8 @@ def ray_session(placement: Placement) -> Iterator[None]:
             # Ray prints failures of processes that it has stopped itself.
             with contextlib.redirect_stdout(io.StringIO()):
                 ray.shutdown()
+            if sessions is not None:
+                remove_ended_sessions(sessions)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -259,6 +265,20 @@ def end_on_signals(signals: Collection[int], patience_s: float) -> Iterator[None
         reader.close()
 
 
+def remove_ended_sessions(root: Path, num_kept: int = 1) -> None:
+    """Remove Ray's directories of this user's sessions that have ended, but for the newest: its logs may be wanted.
+
+    A session has ended when no process names it in its command line; without /proc all stay.
+    """
+    commands = b"\n".join(filter(None, map(_read_bytes, Path("/proc").glob("[0-9]*/cmdline"))))
+    if not commands:
+        return
+    sessions = [path for path in root.glob("session_*_*") if path.is_dir() and not path.is_symlink()]
+    ended = [path for path in sessions if path.name.encode() not in commands and path.stat().st_uid == os.getuid()]
+    for path in sorted(ended)[: max(len(ended) - num_kept, 0)]:  # their names begin with the time
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _kill(mark: str) -> None:
     for pid in _find_marked(mark):
         with contextlib.suppress(ProcessLookupError):
@@ -277,8 +297,14 @@ def _find_marked(mark: str) -> list[int]:
     entry = f"{_MARK}={mark}".encode()
     pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        # The process has ended, or is another user's.
-        with contextlib.suppress(OSError):
-            if entry in path.read_bytes().split(b"\0"):
-                pids.append(int(path.parent.name))
+        if entry in _read_bytes(path).split(b"\0"):
+            pids.append(int(path.parent.name))
     return pids
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file of /proc; b"" if the process has ended, or is another user's."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
