@@ -56,9 +56,11 @@ def build_app(config: AppConfig) -> serve.Application:
     audio = None
     if config.audio.decodes_sound(checkpoint):
         audio = _deploy("AudioVAE", AudioVAEDeployment, config, config.audio).bind(
-            directory, config.audio.device, config.audio.dtype, config.audio.num_threads
+            directory, config.audio.device, config.audio.dtype, config.audio.num_threads, config.audio.chunk_timeout_s
         )
-    encoder = _deploy("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(config.media)
+    encoder = _deploy("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(
+        config.media, config.encoder.chunk_timeout_s
+    )
     guardrail = None
     if config.guardrails.adapter is not None:
         guardrail = _deploy("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)

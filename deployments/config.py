@@ -214,8 +214,8 @@ class Stage(Strict):
     max_ongoing_requests: int = Field(16, ge=1, description="per replica")
     max_queued_requests: int = Field(64, ge=1, description="per caller; beyond it callers get 429")
     graceful_shutdown_timeout_s: float = Field(120, gt=0, description="for the requests of a replica that stops")
-    health_check_period_s: float = Field(5, gt=0)
-    health_check_timeout_s: float = Field(30, gt=0)
+    health_check_period_s: float = Field(2, gt=0)
+    health_check_timeout_s: float = Field(10, gt=0, description="a replica that fails three checks is replaced")
 
     @model_validator(mode="after")
     def _check_scaling(self) -> Self:
@@ -227,6 +227,8 @@ class Stage(Strict):
 class LightStage(Stage):
     """Base of stages whose processes mostly wait."""
 
+    health_check_period_s: float = Field(1, gt=0)
+    health_check_timeout_s: float = Field(5, gt=0, description="a replica that fails three checks is replaced")
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="per replica")
 
 
@@ -345,6 +347,7 @@ class AudioVAEStage(Stage, TorchSection):
 
     enabled: bool | None = Field(None, description="null: if the checkpoint makes sound")
     max_ongoing_requests: int = Field(2, ge=1, description="clips at once per replica")
+    chunk_timeout_s: float = Field(300, gt=0, description="for one chunk; a replica silent for longer is hung")
 
     def decodes_sound(self, checkpoint: CheckpointLayout) -> bool:
         """Whether the app decodes sound; raise CapabilityError if it is enabled and the checkpoint makes none."""
@@ -363,6 +366,7 @@ class EncoderStage(Stage):
     """The mp4 encoder."""
 
     max_ongoing_requests: int = Field(2, ge=1, description="clips at once per replica")
+    chunk_timeout_s: float = Field(300, gt=0, description="for one chunk; a replica silent for longer is hung")
 
 
 class GuardrailStage(Stage):

@@ -35,6 +35,23 @@ async def run_in_thread(work: Callable[..., T], *arguments: object) -> T:
     return working.result()
 
 
+async def run_in_thread_or_exit(timeout_s: float, work: Callable[..., T], *arguments: object) -> T:
+    """Run work as :func:`run_in_thread`; exit this process if it takes longer.
+
+    A thread that hangs cannot be stopped. Serve then starts another replica, on which callers try again.
+    """
+
+    def give_up() -> None:
+        logger.error("%s has not returned after %g s: this process exits", work, timeout_s)
+        exit_soon()
+
+    hanging = asyncio.get_running_loop().call_later(timeout_s, give_up)
+    try:
+        return await run_in_thread(work, *arguments)
+    finally:
+        hanging.cancel()
+
+
 async def repeat_in_thread(work: Callable[[], object], period_s: float) -> None:
     """Run work in a thread, now and every ``period_s`` seconds; log what it raises."""
     while True:

@@ -24,6 +24,8 @@ _STATUS_S = 10.0
 # A Director that does not answer so long is busy with something that it should not be.
 _DIRECTOR_S = 3.0
 _STATUS_CACHE_S = 1.0
+# States of a replica that serves. A controller that has just been restarted recovers those it knew.
+_UP_STATES = ("RUNNING", "RECOVERING")
 
 
 def _api() -> FastAPI:
@@ -71,8 +73,8 @@ class Readiness:
             return ["Serve's controller"]
         if not self._deployments:
             return [f"the app {self._app_name}"]  # Serve is about to take it down
-        missing = sorted(name for name, it in self._deployments.items() if it.replica_states.get("RUNNING", 0) < 1)
-        return missing + self._faults
+        missing = (name for name, it in self._deployments.items() if not any(map(it.replica_states.get, _UP_STATES)))
+        return sorted(missing) + self._faults
 
 
 async def find_faults(director: Any) -> list[str]:

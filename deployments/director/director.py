@@ -27,6 +27,7 @@ from deployments.director.admission import Admission, RequestCheck
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.director.leases import RESTART_S
 from deployments.director.pipeline import Pipeline
+from deployments.director.progress import StageDeadlines
 from deployments.director.resources import ClipCloser, PipelineResources, Previews
 from deployments.director.runner import JobRunner
 from deployments.jobs.estimates import CostModel
@@ -57,6 +58,7 @@ class Director:
         make_pipeline = partial(Pipeline.of_job, self._resources)
         self._runner = JobRunner(self._jobs, self._model.id, config.jobs, self._admission.check, make_pipeline)
         self._maintenance = Maintenance(self._jobs, self._model.id, config.jobs).start()
+        self._deadlines = StageDeadlines.of(config)
         self._remixes = asyncio.Semaphore(_MAX_REMIXES)
         self._is_draining = False
 
@@ -201,8 +203,8 @@ class Director:
         return await self._jobs.read_content(await self._jobs.get(job_id, owner), start, num_bytes, variant)
 
     async def list_faults(self) -> list[str]:
-        """Return what keeps jobs from being begun, in a few words each; empty if nothing does."""
-        return self._runner.breaker.faults
+        """Return what keeps jobs from being begun or from going on, in a few words each; empty if nothing does."""
+        return self._runner.list_faults(self._deadlines)
 
     async def drain(self) -> int:
         """Reject new requests from now on; return the number of jobs in hand."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.errors import ShuttingDown
+from deployments.director.progress import JobProgress
 from deployments.director.recorder import SavedStates
 from deployments.errors import JobCancelled, JobsError, LeaseLost
 from deployments.jobs.job import Job
@@ -52,6 +53,7 @@ class ClaimedJob:
         is_interruptible: whether stopping cancels the task; its begin and its end run to completion.
         database_error: the error behind ``StopReason.UNRECORDABLE``.
         media_id: of the file that this run writes; "" before.
+        progress: of its pipeline, once that has begun.
     """
 
     job: Job
@@ -62,6 +64,7 @@ class ClaimedJob:
     database_error: JobsError | None = None
     saved_states: SavedStates | None = None
     media_id: str = ""
+    progress: JobProgress | None = None
 
     def stop(self, reason: StopReason, database_error: JobsError | None = None) -> None:
         """Stop it, unless it is being stopped already."""

@@ -29,6 +29,7 @@ from deployments.director.admission import RequestCheck
 from deployments.director.breaker import Breaker
 from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, StopReason
 from deployments.director.pipeline import Pipeline
+from deployments.director.progress import JobProgress, StageDeadlines, find_late_stages
 from deployments.director.recorder import SAVED_STATE, Recorder, Retrier, SavedStates, result_of
 from deployments.errors import JobCancelled, JobsError, LeaseLost
 from deployments.failures import JOBS_FAULT, MEDIA_FAULT, Blame, Explanation, explain_error, translate_error
@@ -101,6 +102,11 @@ class JobRunner:
     def num_in_hand(self) -> int:
         """Number of jobs that run here or whose callers wait here."""
         return len(self._claimed.keys() | self._callers.keys())
+
+    def list_faults(self, deadlines: StageDeadlines) -> list[str]:
+        """Return what keeps jobs from being begun, and the stages that running jobs get no answer from."""
+        running = [it.progress for it in self._claimed.values() if it.progress is not None]
+        return [*self.breaker.faults, *find_late_stages(running, deadlines)]
 
     def wake(self) -> None:
         """Look for jobs now, because one was accepted."""
@@ -251,6 +257,8 @@ class JobRunner:
             try:
                 async for event in self._process(claimed, caller):
                     recorder.note(event)
+                    if claimed.progress is not None:
+                        claimed.progress.note(event)
                     if isinstance(event, FileStarted | Finished):
                         claimed.media_id = event.media_id
                     if isinstance(event, Finished):
@@ -294,6 +302,7 @@ class JobRunner:
         claimed.saved_states = saved_states = SavedStates(self._files, job.job_id, config.checkpoint_period_s)
         resume_from = await run_in_thread(saved_states.read)
         pipeline = self._make_pipeline(resolved, context, job, resume_from, saved_states.save_if_due)
+        claimed.progress = JobProgress(has_picture=resolved.picture is not None)
         del resolved, resume_from
         assert job.started_s is not None, "it was claimed"
         events = watch_request(pipeline.events(), context, job.mode, job.started_s - job.created_s)

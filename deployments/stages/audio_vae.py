@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
@@ -15,17 +15,21 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.messages import RequestContext, SoundChunk, SoundDecoded
 from deployments.observability.logs import watch_stage
 from deployments.stages.streams import produce_on_credit
+from deployments.threads import run_in_thread_or_exit
 
 
 class AudioVAEDeployment:
     """Serve deployment that decodes sound."""
 
-    def __init__(self, checkpoint: str, device: str, dtype: str | None, num_threads: int) -> None:
+    def __init__(
+        self, checkpoint: str, device: str, dtype: str | None, num_threads: int, chunk_timeout_s: float
+    ) -> None:
         import torch
 
         from cosmos3_core.checkpoint.load import load_audio_vae
         from cosmos3_core.device import DTYPES, resolve_device
 
+        self._run = partial(run_in_thread_or_exit, chunk_timeout_s)
         torch.set_num_threads(num_threads)
         self._device = resolve_device(device)
         self._vae = load_audio_vae(
@@ -49,7 +53,7 @@ class AudioVAEDeployment:
         chunks = self._vae.decode(latents.tensor())
 
         async def next_chunk() -> TensorEnvelope | None:
-            return await asyncio.to_thread(run_within_memory, self._device, lambda: _next_samples(chunks))
+            return await self._run(run_within_memory, self._device, lambda: _next_samples(chunks))
 
         numbered = produce_on_credit(context, clips, stream_id, producer, next_chunk)
         with watch_stage(context, "decode sound"):

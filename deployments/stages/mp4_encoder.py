@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from cosmos3_core.media.output import MediaWriter
@@ -20,7 +21,7 @@ from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
 from deployments.observability.logs import watch_stage
 from deployments.stages.streams import wait_within
-from deployments.threads import repeat_in_thread, run_in_thread, start_task
+from deployments.threads import repeat_in_thread, run_in_thread, run_in_thread_or_exit, start_task
 
 _SWEEP_PERIOD_S = 60.0
 
@@ -28,7 +29,8 @@ _SWEEP_PERIOD_S = 60.0
 class Mp4Encoder:
     """Serve deployment that encodes clips, without state between them. With an archive it also sweeps its directory."""
 
-    async def __init__(self, media: MediaConfig) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, media: MediaConfig, chunk_timeout_s: float) -> None:  # type: ignore[misc] # Serve awaits it
+        self._run = partial(run_in_thread_or_exit, chunk_timeout_s)
         self._media = MediaStore.of(media)
         if self._media.archive is None:
             return  # the Directors sweep the directory: they know what unfinished jobs need
@@ -50,13 +52,13 @@ class Mp4Encoder:
         start_s = time.monotonic()
         with watch_stage(context, "encode") as watch:
             try:
-                entry = await run_in_thread(self._create, media_id, clip_format)
+                entry = await self._run(self._create, media_id, clip_format)
                 digest, num_frames = FrameHash(), 0
                 async with _open_in_thread(entry, clip_format) as writer:
                     yield FileStarted(media_id, clip_format.media_type, os.getpid())
                     while boxed := await _next_chunk(context, clips, stream_id):
                         chunk: FrameChunk | SoundChunk = await wait_within(context, "encode", boxed[0])
-                        num_new = await run_in_thread(_write, writer, digest, chunk)
+                        num_new = await self._run(_write, writer, digest, chunk)
                         num_frames += num_new
                         event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
                         # Drop the chunk before its credit goes back: the credit stands for its memory.
@@ -64,7 +66,7 @@ class Mp4Encoder:
                         await wait_within(context, "encode", clips.release_chunk.remote(stream_id))
                         if num_new:
                             yield event
-                record = await run_in_thread(entry.finish)
+                record = await self._run(entry.finish)
             except BaseException as error:
                 await run_in_thread(self._media.fail, media_id, summarize_error(error))
                 raise

@@ -108,7 +108,7 @@ KEYS = {
         "save_period_s",
         "text_cache_bytes",
     },
-    "audio": STAGE | DEVICE | {"enabled"},
+    "audio": STAGE | DEVICE | {"enabled", "chunk_timeout_s"},
     "vae": GANG
     | {
         "ranks",
@@ -118,7 +118,7 @@ KEYS = {
         "first_chunk_timeout_s",
         "chunk_timeout_s",
     },
-    "encoder": STAGE,
+    "encoder": STAGE | {"chunk_timeout_s"},
 }
 
 

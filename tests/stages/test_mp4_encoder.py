@@ -48,7 +48,7 @@ class Bench:
         self.chunks = [np.full((2, 32, 48, 3), 40 * index, np.uint8) for index in range(num_chunks)]
 
     async def post_all(self) -> None:
-        await self.encoder.__init__(self.config)
+        await self.encoder.__init__(self.config, 60.0)
         await self.clips.open("clip", window=len(self.chunks) + 1)
         for index, frames in enumerate(self.chunks):
             assert await self.clips.acquire("clip", "p", 5)

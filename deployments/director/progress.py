@@ -1,0 +1,123 @@
+"""Which stages do not go on: for /ready, long before a deadline ends a request or a hung process is replaced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cluster.events import Event, QueuePosition, StepDone
+from deployments.config import AppConfig
+from deployments.messages import (
+    ChunkDecoded,
+    ChunkEncoded,
+    ClipEncoded,
+    FileStarted,
+    Finished,
+    LatentsReady,
+    PictureEncoded,
+    StageRetried,
+    Tokenized,
+)
+
+# A stage is late after this share of its own deadline, and after so many times its longest pause before.
+_LATE_SHARE, _LATE_FACTOR = 0.5, 10.0
+_TOKENIZE_S = 60.0
+
+
+@dataclass(frozen=True)
+class StageDeadlines:
+    """Seconds that stages may be silent for: a hung one is replaced, or given up, after them.
+
+    The first of each pair is for the first event in a stage.
+    """
+
+    tokenizer: tuple[float, float]
+    transformer: tuple[float, float]
+    video_vae: tuple[float, float]
+    encoder: tuple[float, float]
+
+    @classmethod
+    def of(cls, config: AppConfig) -> StageDeadlines:
+        """Return those of a configuration."""
+        vae, transformer = config.vae, config.transformer
+        tokenize_s = max(_TOKENIZE_S, config.guardrails.text_timeout_s)
+        return cls(
+            (tokenize_s, tokenize_s),
+            (transformer.first_step_timeout_s, transformer.quantum_timeout_s),
+            (vae.first_chunk_timeout_s, vae.chunk_timeout_s),
+            (config.encoder.chunk_timeout_s, config.encoder.chunk_timeout_s),
+        )
+
+
+class JobProgress:
+    """The stage that a running job is in, and since when nothing has come from it."""
+
+    def __init__(self, *, has_picture: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._has_picture, self._clock = has_picture, clock
+        self._num_decoded = self._num_encoded = 0
+        self._enter("PromptTokenizer")
+
+    def note(self, event: Event) -> None:
+        """Note what a job's pipeline has yielded."""
+        match event:
+            case Tokenized():
+                self._enter("VideoVAE" if self._has_picture else "Transformer")
+            case PictureEncoded():
+                self._enter("Transformer")
+            case QueuePosition():
+                self._enter("")  # it waits for others
+            case StepDone():
+                self._stay("Transformer")
+            case LatentsReady():
+                self._enter("Mp4Encoder")
+            case FileStarted():
+                self._num_decoded = self._num_encoded = 0
+                self._enter("VideoVAE")
+            case ChunkDecoded():
+                self._num_decoded += 1
+                self._stay(self._slower_of_both)
+            case ChunkEncoded():
+                self._num_encoded += 1
+                self._stay(self._slower_of_both)
+            case ClipEncoded() | Finished():
+                self._enter("")
+            case StageRetried():
+                self._since_s = self._clock()
+            case _:
+                pass
+
+    @property
+    def _slower_of_both(self) -> str:
+        return "Mp4Encoder" if self._num_decoded > self._num_encoded else "VideoVAE"
+
+    def _enter(self, stage: str) -> None:
+        self.stage, self._since_s, self._longest_s = stage, self._clock(), None
+
+    def _stay(self, stage: str) -> None:
+        now_s = self._clock()
+        self._longest_s = max(self._longest_s or 0.0, now_s - self._since_s)
+        self.stage, self._since_s = stage, now_s
+
+    def silent_s(self, deadlines: StageDeadlines) -> float:
+        """Return for how many seconds the stage has been silent if it is late, else 0."""
+        silent_s = self._clock() - self._since_s
+        first_s, later_s = {
+            "PromptTokenizer": deadlines.tokenizer,
+            "Transformer": deadlines.transformer,
+            "VideoVAE": deadlines.video_vae,
+            "Mp4Encoder": deadlines.encoder,
+        }.get(self.stage, (float("inf"), float("inf")))
+        limit_s = _LATE_SHARE * first_s
+        if self._longest_s is not None:
+            limit_s = max(_LATE_SHARE * later_s, _LATE_FACTOR * self._longest_s)
+        return silent_s if silent_s > limit_s else 0.0
+
+
+def find_late_stages(jobs: Iterable[JobProgress], deadlines: StageDeadlines) -> list[str]:
+    """Return the stages that none of the jobs in them gets an answer from, each with the shortest silence."""
+    silences: dict[str, list[float]] = {}
+    for job in jobs:
+        if job.stage:
+            silences.setdefault(job.stage, []).append(job.silent_s(deadlines))
+    return [f"{stage}: silent for {min(known):.0f} s" for stage, known in sorted(silences.items()) if all(known)]
