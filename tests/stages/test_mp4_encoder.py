@@ -230,11 +230,11 @@ def test_the_store_is_swept_periodically_despite_errors(tmp_path: Path, monkeypa
     async def body() -> None:
         asked.set("the caller's")
         bench = Bench(tmp_path, 0)
-        await bench.encoder.__init__(bench.config)
+        await bench.encoder.__init__(bench.config, 60.0)
         await asyncio.sleep(0.2)
         assert times == [], "without an archive the Directors sweep, which know what is needed"
         archived = bench.config.model_copy(update={"archive": f"file://{tmp_path}/archive"})
-        await bench.encoder.__init__(archived)
+        await bench.encoder.__init__(archived, 60.0)
         assert await asyncio.to_thread(swept.wait, 30)
 
     run(body())
