@@ -31,6 +31,9 @@ logger = logging.getLogger("ray.serve")
 MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
 """Bounds of a request's line and headers: their bytes, their number, and the seconds until the last of them."""
 
+# For the answer to a client that has closed its half of the connection. One that has left looks the same, and its work
+# must stop soon.
+_HALF_CLOSED_S = 5.0
 # A mark of the app's own answers: :class:`deployments.api.app.Guard` sets it.
 _OWN_MARK = "x-content-type-options"
 _ROUTES_PATH, _HEALTH_PATH = "/-/routes", "/-/healthz"
@@ -151,6 +154,7 @@ class BoundedProtocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self.conn = _BoundedConnection()
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_half_closed = False
 
     def connection_made(self, transport: Any) -> None:
         """Start the time of the first request's head."""
@@ -168,6 +172,20 @@ class BoundedProtocol(H11Protocol):
         """Stop the time with the connection."""
         self._stop_timer()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answer that is under way, if there is one: the client may still read."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        self._is_half_closed = True
+        self.loop.call_later(_HALF_CLOSED_S, self.transport.close)
+        return True
+
+    def on_response_complete(self) -> None:
+        """Close a connection that brings no more requests."""
+        super().on_response_complete()
+        if self._is_half_closed:
+            self.transport.close()
 
     def _start_timer(self) -> None:
         if self._head_timer is None and self.conn.their_state is h11.IDLE:

@@ -53,6 +53,8 @@ class StageDeadlines:
 class JobProgress:
     """The stage that a running job is in, and since when nothing has come from it."""
 
+    _longest_s: float | None  # between two events of the stage; None before the second
+
     def __init__(self, *, has_picture: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._has_picture, self._clock = has_picture, clock
         self._num_decoded = self._num_encoded = 0
@@ -92,7 +94,8 @@ class JobProgress:
         return "Mp4Encoder" if self._num_decoded > self._num_encoded else "VideoVAE"
 
     def _enter(self, stage: str) -> None:
-        self.stage, self._since_s, self._longest_s = stage, self._clock(), None
+        self.stage, self._since_s = stage, self._clock()
+        self._longest_s = None
 
     def _stay(self, stage: str) -> None:
         now_s = self._clock()

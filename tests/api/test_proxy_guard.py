@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -20,6 +21,8 @@ from deployments.api.proxy_guard import MAX_HEAD_BYTES, MAX_HEADERS, ProxyGuard
 from tests.settling import eventually
 
 _WAIT_S = 20.0
+_left: list[str] = []
+"""What ended the waits of the path /wait."""
 
 
 async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,6 +36,12 @@ async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
         more = message.get("more_body", False)
     request_id = headers.get(b"x-request-id", b"1").decode()  # as Serve does
     path = scope["path"]
+    if path == "/wait":  # as long as the client is there
+        message = await receive()
+        _left.append(message["type"])
+        return
+    if path == "/slow":
+        await asyncio.sleep(0.3)
     if path == "/raise":
         raise RuntimeError("a path of the server: /srv")
     serves_own = {
@@ -89,6 +98,9 @@ class Client:
         error: dict[str, Any] = json.loads(body)["error"]
         assert set(error) == {"message", "type", "code", "param"}
         return status, error["code"]
+
+    def close_half(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
 
     def is_closed(self) -> bool:
         return self._file.read(1) == b""
@@ -181,6 +193,25 @@ def test_requests_of_one_connection_may_follow_each_other_at_once(client: Client
     client.send(_head() + _head(b"x-a: b"))
     assert client.read()[2] == b"1 headers, 0 bytes"
     assert client.read()[2] == b"2 headers, 0 bytes"
+
+
+def test_a_client_that_sends_no_more_gets_its_answer(client: Client) -> None:
+    client.send(_head(path=b"/slow"))
+    client.close_half()
+    assert client.read()[2] == b"1 headers, 0 bytes"
+    assert client.is_closed()
+
+
+def test_a_half_closed_connection_stops_its_work_soon(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client may have left: both look the same."""
+    monkeypatch.setattr(proxy_guard, "_HALF_CLOSED_S", 0.3)
+    _left.clear()
+    with closing(Client(port)) as client:
+        client.send(_head(path=b"/wait"))
+        time.sleep(0.1)
+        client.close_half()
+        assert client.is_closed()
+    assert eventually(lambda: _left == ["http.disconnect"])
 
 
 @pytest.mark.parametrize(
