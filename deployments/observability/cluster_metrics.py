@@ -125,6 +125,8 @@ class ClusterMetrics:
         async def scrape(url: str) -> list[Family]:
             async with places:
                 text = await self._fetch(url)
+            if not text.strip():  # every node has numbers of its own: its agent has just been started
+                raise ValueError(f"{url} has no metrics")
             return await asyncio.to_thread(parse_families, text)  # in a thread: it may be megabytes
 
         scrapes = [asyncio.create_task(scrape(url)) for url in urls if url is not None]

@@ -247,6 +247,11 @@ def test_failing_and_late_nodes_are_counted_without_affecting_others() -> None:
     assert len(families(text)["ray_cosmos3_requests"].samples) == 1
 
 
+def test_an_agent_without_any_number_counts_as_missing() -> None:
+    """One that has just been started; every other has its node's."""
+    assert failures(Nodes(a=node_text("a", 1.0), new=b"\n").text()) == 1
+
+
 def test_a_cluster_whose_nodes_are_unknown_is_one_failure() -> None:
     def refuse() -> Sequence[str]:
         raise ConnectionError("the head is away")
