@@ -4,8 +4,8 @@ Serve's server is uvicorn with httptools, which buffers a head of any size befor
 with h11, whose buffer is bounded. A front server of our own would add a hop to every request, and Serve's HAProxy mode
 listens on all interfaces and takes 30 s to stop.
 
-:func:`make_middlewares` is for ``http_options`` of ``serve.start``. Where Serve is started by other means, each node
-needs ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.proxy_guard.make_middlewares``.
+Serve calls :func:`make_middlewares` in each proxy, as :data:`CALLBACK_VARIABLE` tells it. The command line sets that
+for the Ray that it starts; nodes of other clusters need it in their environment.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from deployments.errors import ApiError
 
 logger = logging.getLogger("ray.serve")
+
+CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.proxy_guard.make_middlewares"
+"""The setting by which Serve's proxies use this module."""
 
 MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
 """Bounds of a request's line and headers: their bytes, their number, and the seconds until the last of them."""

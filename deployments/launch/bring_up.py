@@ -24,7 +24,7 @@ from ray import serve
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.auth import check_keys, is_loopback, requires_key
 from deployments.api.ingress import find_serve_address
-from deployments.api.proxy_guard import make_middlewares
+from deployments.api.proxy_guard import CALLBACK_VARIABLE
 from deployments.app import build_app
 from deployments.clients.errors import UnreachableError
 from deployments.config import AppConfig, HttpConfig
@@ -53,6 +53,7 @@ _AUTOSCALER_S = 5.0
 # From the moment when Serve reports all replicas running to the first HTTP answer.
 _HTTP_S = 120.0
 _STATUS_S = 120.0
+_ROUTES_S = 30.0
 # A drained app may still send its last files. One that did not start, or was not drained, is stopped soon.
 _STOP_S = 90.0
 _STOP_SOON_S = 5.0
@@ -152,6 +153,7 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
         with _serve(config.http, placement, stop_timeout, report) as url, _submit(config, stop_timeout):
             _await_replicas(config.name, needs, free, placement.start_timeout_s, report)
             _await_http(url)
+            _check_proxy(url, report)
             address = ray.get_runtime_context().gcs_address
             yield RunningApp(config.name, url, address, time.monotonic() - start_s, stop_timeout)
 
@@ -188,8 +190,7 @@ def _serve(
     skips_stop = False
     try:
         try:
-            options = {"host": http.host, "port": port, "middlewares": make_middlewares()}
-            serve.start(proxy_location="HeadOnly", http_options=options)
+            serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": port})
         except RAY_FAILURES as error:
             raise StartError(f"Serve did not start: {describe_failure(error)}") from None
         yield _make_url(http.host, port, head)
@@ -303,6 +304,13 @@ def _describe_deploy_failure(app: Any) -> str:
         if it.status == "DEPLOY_FAILED"
     ]
     return "; ".join(reasons) or f"Serve refused the app: {describe_failure(app.message)}"
+
+
+def _check_proxy(url: str, report: Callable[[str], None]) -> None:
+    """Report a proxy without :mod:`deployments.api.proxy_guard`, as in a cluster whose nodes lack its variable."""
+    status, _ = get(url, "/-/routes", timeout_s=_ROUTES_S)
+    if status != 404:
+        report("heads of requests have no bound here: the nodes of this Ray cluster need " + CALLBACK_VARIABLE)
 
 
 def _await_http(url: str) -> None:

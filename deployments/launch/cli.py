@@ -47,6 +47,7 @@ _RAY_ENVIRONMENT = {
 # For a Ray that is started for this machine alone. Serve's own periods are for web pages behind a balancer.
 _LOCAL_RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name, what makes Ray listen on loopback only
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.api.proxy_guard.make_middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three in a row, 30 s by default, until a dead proxy is replaced
 }
 _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

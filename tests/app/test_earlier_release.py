@@ -47,7 +47,7 @@ DEADLINE_S = 200.0
 
 
 # Schema of a database -> the commit that wrote it.
-COMMITS = {"0001": "35475f6", "0002": "35475f6", "0003": "68506f4"}
+COMMITS = {"0001": "35475f6", "0002": "35475f6", "0003": "2b9fe1e"}
 
 
 @pytest.fixture(scope="session")

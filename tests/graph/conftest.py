@@ -27,6 +27,7 @@ os.environ |= {
     # Ray's workers would run at lower priority than, say, other tests.
     "RAY_worker_niceness": "0",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.api.proxy_guard.make_middlewares",
 }
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,8 +68,6 @@ def ray_cluster() -> Iterator[int]:
     import ray.serve._private.client as serve_client
     from ray import serve
 
-    from deployments.api.proxy_guard import make_middlewares
-
     serve_client.CLIENT_POLLING_INTERVAL_S = 0.05
     serve.run = count_runs(serve.run)
     ray.init(
@@ -85,7 +84,7 @@ def ray_cluster() -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "middlewares": make_middlewares()})
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
     serve.shutdown()
     ray.shutdown()

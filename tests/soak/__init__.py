@@ -1,0 +1,1 @@
+"""Long tries under load, run by hand: each prints a table. ``make soak`` runs all."""
