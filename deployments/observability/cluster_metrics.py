@@ -60,20 +60,24 @@ def _make_url(address: str, port: int) -> str | None:
 async def fetch_text(url: str) -> bytes:
     """Fetch the lines of a node's text about ours and Serve's metrics.
 
-    Raise httpx2.HTTPError without an answer, ValueError for one that is too long.
+    Raise httpx2.HTTPError without an answer, ValueError for one that is too long, or without any number: every node has
+    some of its own, and so an agent without has just been started.
     """
-    kept, rest, num_bytes = [], b"", 0
+    kept, rest, num_bytes, is_empty = [], b"", 0, True
     limits = httpx2.Timeout(_LIMIT_S, connect=_CONNECT_S)
     # Nodes are reached directly, never through a proxy of the environment.
     async with httpx2.AsyncClient(trust_env=False, timeout=limits) as client, client.stream("GET", url) as answer:
         answer.raise_for_status()
         async for part in answer.aiter_bytes():
+            is_empty = is_empty and not part.strip()
             *lines, rest = (rest + part).split(b"\n")
             lines = [line for line in lines if line.startswith(_KEPT_LINES)]
             kept += lines
             num_bytes += sum(map(len, lines))
             if num_bytes + len(rest) > _MAX_NODE_BYTES:
                 raise ValueError(f"{url} must send at most {_MAX_NODE_BYTES} bytes about {' and '.join(PREFIXES)}")
+    if is_empty:
+        raise ValueError(f"{url} has no metrics")
     return b"\n".join([*kept, rest])
 
 
@@ -125,8 +129,6 @@ class ClusterMetrics:
         async def scrape(url: str) -> list[Family]:
             async with places:
                 text = await self._fetch(url)
-            if not text.strip():  # every node has numbers of its own: its agent has just been started
-                raise ValueError(f"{url} has no metrics")
             return await asyncio.to_thread(parse_families, text)  # in a thread: it may be megabytes
 
         scrapes = [asyncio.create_task(scrape(url)) for url in urls if url is not None]

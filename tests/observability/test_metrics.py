@@ -247,11 +247,6 @@ def test_failing_and_late_nodes_are_counted_without_affecting_others() -> None:
     assert len(families(text)["ray_cosmos3_requests"].samples) == 1
 
 
-def test_an_agent_without_any_number_counts_as_missing() -> None:
-    """One that has just been started; every other has its node's."""
-    assert failures(Nodes(a=node_text("a", 1.0), new=b"\n").text()) == 1
-
-
 def test_a_cluster_whose_nodes_are_unknown_is_one_failure() -> None:
     def refuse() -> Sequence[str]:
         raise ConnectionError("the head is away")
@@ -359,6 +354,9 @@ def test_an_agent_is_called_without_a_proxy_and_what_is_kept_of_its_text_is_boun
             body = too_long
             with pytest.raises(ValueError, match="must send at most 1000 bytes"):
                 asyncio.run(fetch_text(url))
+        body = b"\n"
+        with pytest.raises(ValueError, match="has no metrics"):
+            asyncio.run(fetch_text(url))
         status = 500
         with pytest.raises(Exception, match="500"):
             asyncio.run(fetch_text(url))
