@@ -5,6 +5,7 @@ The first tests share one app; the last one of them stops it.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
@@ -26,6 +28,7 @@ from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
 from deployments.launch.app_calls import get, save_video
 from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, serving
+from tests.graph.sockets import list_listening
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
@@ -94,6 +97,21 @@ def test_images_and_actions_over_http_equal_one_process(served: Serving, tiny_na
     missing = cosmos3("generate", "--url", served.url(), *policy, "--image", "none.png", cwd=tmp_path)
     assert missing.returncode == 2
     assert "image must be the path of a file that can be read (got 'none.png')" in only_line(missing.stderr)
+
+
+def test_what_listens_is_on_loopback_or_asks_for_rays_token(served: Serving) -> None:
+    """Serve binds its servers between replicas to all interfaces and cannot be told otherwise."""
+    commands = served.leftovers()
+    sockets = list_listening(commands)
+    assert {commands[pid] for address, pid in sockets.items() if "gcs_server" in commands[pid]}, "they are found"
+    open_to_all = [address for address in sockets if not ipaddress.ip_address(address.rpartition(":")[0]).is_loopback]
+    for address in open_to_all:
+        assert "ray::ServeReplica" in commands[sockets[address]], address
+        with grpc.insecure_channel(f"127.0.0.1:{address.rpartition(':')[2]}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", timeout=60)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize(
