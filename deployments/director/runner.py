@@ -33,7 +33,7 @@ from deployments.director.progress import JobProgress, StageDeadlines, find_late
 from deployments.director.recorder import SAVED_STATE, Recorder, Retrier, SavedStates, result_of
 from deployments.errors import JobCancelled, JobsError, LeaseLost
 from deployments.failures import JOBS_FAULT, MEDIA_FAULT, Blame, Explanation, explain_error, translate_error
-from deployments.jobs.estimates import Throughput
+from deployments.jobs.estimates import Speed, Throughput
 from deployments.jobs.job import Job, JobState, Lane, Outcome, decode_request
 from deployments.jobs.queue import ClaimRequest, Fault
 from deployments.jobs.service import JobService
@@ -88,7 +88,7 @@ class JobRunner:
         self._check, self._make_pipeline = check, make_pipeline
         self._callers: dict[str, _Caller] = {}
         self._claimed: dict[str, ClaimedJob] = {}
-        self._throughput: dict[Lane, Throughput] = {}
+        self._throughput: dict[Lane, tuple[Throughput, Throughput]] = {}  # of denoising, and of the rest
         self._wake = asyncio.Event()
         self._leases = LeaseKeeper(jobs.store, self.runner_id, config.lease_s, self._claimed, self._report_failure)
         probes = {MEDIA_FAULT: self._media.check, JOBS_FAULT: self._check_store}
@@ -413,11 +413,17 @@ class JobRunner:
         """Record the speed of a completed job: ``job`` as claimed, ``ended`` as it ended."""
         assert job.started_s is not None, "it was claimed"
         assert ended.completed_s is not None, "it has ended"
-        throughput = self._throughput.setdefault(job.lane, Throughput())
+        denoising, decoding = self._throughput.setdefault(job.lane, (Throughput(), Throughput()))
+        decode_s: float = ended.result["stage_durations"].get("decode_encode", 0.0)
+        latents_s = max(ended.completed_s - decode_s, job.started_s)
         # A resumed job counts with the work that was left when it was claimed.
         work = job.work * max(1 - job.step / job.num_steps, 1 / job.num_steps)
-        work_per_s = throughput.add(work, job.started_s, ended.completed_s)
-        await run_in_thread(self._store.note_rate, self._model, job.lane, work_per_s)
+        work_per_s = denoising.add(work, job.started_s, latents_s)
+        pixels_per_s = None
+        if decode_s:
+            pixels = job.num_frames * job.width * job.height
+            pixels_per_s = decoding.add(pixels, latents_s, ended.completed_s)
+        await run_in_thread(self._store.note_speed, self._model, job.lane, Speed(work_per_s, pixels_per_s))
 
     async def _cancel_queued(self, job_id: str) -> None:
         try:

@@ -2,8 +2,8 @@
 
 Work is counted in token-steps: steps x guidance branches x generated tokens. The cost of a token grows with their
 number, because attention is quadratic: on Nano attention and the rest of a layer cost the same at 23,600 tokens,
-between 480p and 720p. The prompt's tower and the decoders are not counted: the speed, measured from a request's start
-to its file, includes them.
+between 480p and 720p. Decoding and encoding are counted in pixels of the file. Both speeds are measured, the first from
+a request's start to its latents. As jobs are decoded while others are denoised, the slower of both sets the pace.
 
 Waiting times assume that running jobs share their lane's speed evenly, and that the first queued job takes the place of
 one that ends.
@@ -17,12 +17,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, bindparam, case, func, select
+from sqlalchemy import Connection, Select, bindparam, case, func, select
 
 from cluster.errors import OverloadedError
 from cluster.events import QueuePosition
@@ -38,14 +38,19 @@ MIN_RETRY_S, MAX_RETRY_S = 1.0, 3600.0
 UNKNOWN_RETRY_S = 5.0
 """``Retry-After`` if nothing runs, or no speed has been measured yet."""
 
-# Time constant with which measurements of one runner decay, their shortest time, and the bound on its busy spans.
-_DECAY_S, _SHORTEST_S, _MAX_SPANS = 600.0, 1e-3, 1000
+# Requests from which the speed of one runner is measured: more than run at once, and few, as the first one after a
+# start is slow. The shortest time, and the least share of all time that is measured.
+_MAX_RUNS, _SHORTEST_S, _LEAST_SHARE = 32, 1e-3, 0.1
 # Share of a new measurement in the average of all runners.
 _NEWEST_SHARE = 0.3
 # A runner that has been silent for longer does not count.
 _ALIVE_S = 120.0
-# Rejected callers that are remembered for each place in a queue.
-_CALLERS_PER_PLACE = 4
+# Rejected callers that are remembered for each place in a queue; how much earlier than told one may come back; and how
+# long its place is kept.
+_CALLERS_PER_PLACE, _EARLY_S, _KEPT_S = 4, 0.5, 5.0
+
+PIXELS = case((JOBS.c.media_type == "", 0.0), else_=1.0 * JOBS.c.num_frames * JOBS.c.width * JOBS.c.height)
+"""Pixels of a job's file, in SQL."""
 
 WORK_LEFT = JOBS.c.work * (1 - JOBS.c.step * 1.0 / JOBS.c.num_steps)
 """Work left of a job that has not ended, in SQL."""
@@ -79,30 +84,58 @@ class CostModel:
         return request.num_inference_steps * num_branches * num_tokens * (1 + num_tokens / self.attention_parity_tokens)
 
 
-class Throughput:
-    """Measures the speed of one runner in a lane over the last minutes.
+@dataclass(frozen=True)
+class Speed:
+    """The speed of a lane.
 
-    Jobs overlap, so the speed is the sum of their work over the union of their times; idle time does not count.
+    Attributes:
+        work_per_s: of denoising, in token-steps.
+        pixels_per_s: of decoding and encoding; None: not measured, and taken for none of the time.
+    """
+
+    work_per_s: float
+    pixels_per_s: float | None = None
+
+    def seconds(self, work: float, pixels: float) -> float:
+        """Return the seconds for some work and pixels, done side by side."""
+        return max(work / self.work_per_s, pixels / self.pixels_per_s if self.pixels_per_s else 0.0)
+
+
+class _Run(NamedTuple):
+    """One request's begin and end in one kind of work, and how much it was."""
+
+    start_s: float
+    end_s: float
+    work: float
+
+
+class Throughput:
+    """Measures the speed of one runner in a lane, in one kind of work, over its last requests.
+
+    Requests overlap, so the speed is the sum of their work over the union of their times; idle time does not count.
     """
 
     def __init__(self) -> None:
-        # Busy spans without overlaps, as (begin, end).
-        self._busy: list[tuple[float, float]] = []
-        self._work = self._busy_s = 0.0
+        self._runs: deque[_Run] = deque(maxlen=_MAX_RUNS)
 
     def add(self, work: float, start_s: float, end_s: float) -> float:
         """Add a finished request, with times of any one clock; return the work per second."""
-        # Count only time that no earlier request was running: a short request may end inside a long one.
-        joined = [span for span in self._busy if span[0] <= end_s and start_s <= span[1]]
-        counted_s = sum(min(end, end_s) - max(begin, start_s) for begin, end in joined)
-        busy_s = max(end_s - start_s - counted_s, 0.0)
-        span = (min([start_s, *(begin for begin, _ in joined)]), max([end_s, *(end for _, end in joined)]))
-        apart = [other for other in self._busy if other not in joined]
-        self._busy = sorted([*apart, span])[-_MAX_SPANS:]
-        share = math.exp(-busy_s / _DECAY_S)
-        self._work = share * self._work + work
-        self._busy_s = share * self._busy_s + busy_s
-        return self._work / max(self._busy_s, _SHORTEST_S)
+        # What ends after an earlier one may have begun before, as may what has not ended yet: in the long run both are
+        # the same.
+        since_s = self._runs[0].end_s if len(self._runs) == _MAX_RUNS else -math.inf
+        self._runs.append(_Run(start_s, end_s, work))
+        busy_s, all_s = (self._compute_busy_s(begin_s) for begin_s in (since_s, -math.inf))
+        if busy_s < _LEAST_SHARE * all_s:  # they all ended together
+            busy_s = all_s
+        return sum(run.work for run in self._runs) / max(busy_s, _SHORTEST_S)
+
+    def _compute_busy_s(self, since_s: float) -> float:
+        """Compute the length of the union of the requests' times after a moment."""
+        busy_s = 0.0
+        for run in sorted(self._runs):
+            busy_s += max(run.end_s - max(run.start_s, since_s), 0.0)
+            since_s = max(since_s, run.end_s)
+        return busy_s
 
 
 @dataclass(frozen=True)
@@ -130,22 +163,21 @@ def read_load(connection: Connection, model: str) -> tuple[ClassLoad, ...]:
 
 
 def find_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -> dict[str, QueuePosition]:
-    """Return id -> position of those jobs that are queued, in one query."""
-    queued = {job.job_id: job.work for job in jobs if job.state is JobState.QUEUED}
-    parameters = {
-        "models": sorted({job.model for job in jobs}),
-        "job_ids": list(queued),
-        "alive_since_s": now_s - _ALIVE_S,
-    }
+    """Return id -> position of those jobs that are queued, in two queries."""
+    queued = [job.job_id for job in jobs if job.state is JobState.QUEUED]
+    models = sorted({job.model for job in jobs})
+    speeds = _find_speeds(connection, models, now_s)
     found = {}
-    for job_id, num_ahead, work_ahead, work_per_s in connection.execute(_query_positions(), parameters):
-        eta_s = (work_ahead + queued[job_id]) / work_per_s if work_per_s else None
-        found[job_id] = QueuePosition(num_ahead, os.getpid(), eta_s)
+    for row in connection.execute(_query_positions(), {"models": models, "job_ids": queued}):
+        speed = speeds.get((row.model, row.lane))
+        eta_s = None if speed is None else speed.seconds(row.work, row.pixels)
+        found[row.job_id] = QueuePosition(row.num_ahead, os.getpid(), eta_s)
     return found
 
 
 @cache
 def _query_positions() -> Select[Any]:
+    """Select queued jobs, how many are ahead of each, and the work and pixels until its end."""
     # Running jobs come first.
     order = (JOBS.c.state == QUEUED, *QUEUE_ORDER)
     lane: dict[str, Any] = {"partition_by": (JOBS.c.model, JOBS.c.lane), "order_by": order}
@@ -153,24 +185,32 @@ def _query_positions() -> Select[Any]:
         select(
             *(JOBS.c.job_id, JOBS.c.model, JOBS.c.lane, JOBS.c.state),
             (func.row_number().over(**lane) - 1).label("num_ahead"),
-            func.coalesce(func.sum(WORK_LEFT).over(**lane, rows=(None, -1)), 0.0).label("work_ahead"),
+            func.sum(WORK_LEFT).over(**lane, rows=(None, 0)).label("work"),
+            func.sum(PIXELS).over(**lane, rows=(None, 0)).label("pixels"),
         )
         .where(JOBS.c.model.in_(bindparam("models", expanding=True)))
         .where(JOBS.c.state.in_((QUEUED, IN_PROGRESS)))
         .subquery()
     )
-    work_per_s = _query_speed(ranked.c.model, ranked.c.lane).correlate(ranked).scalar_subquery()
-    return select(ranked.c.job_id, ranked.c.num_ahead, ranked.c.work_ahead, work_per_s).where(
-        ranked.c.state == QUEUED, ranked.c.job_id.in_(bindparam("job_ids", expanding=True))
-    )
+    return select(ranked).where(ranked.c.state == QUEUED, ranked.c.job_id.in_(bindparam("job_ids", expanding=True)))
 
 
-def _query_speed(model: ColumnElement[str], lane: ColumnElement[str]) -> Select[float]:
-    """Select the work per second of all runners that are alive, one at least; no row before the first measurement."""
+def _find_speeds(connection: Connection, models: Sequence[str], now_s: float) -> dict[tuple[str, str], Speed]:
+    """Return (model, lane) -> speed of all runners that are alive, one at least, where it was measured."""
+    parameters = {"models": list(models), "alive_since_s": now_s - _ALIVE_S}
+    rows = connection.execute(_query_speeds(), parameters)
+    return {
+        (model, lane): Speed(work_per_s * (num or 1), pixels_per_s and pixels_per_s * (num or 1))
+        for model, lane, work_per_s, pixels_per_s, num in rows
+    }
+
+
+@cache
+def _query_speeds() -> Select[Any]:
     is_alive = (RUNNERS.c.model == RATES.c.model, RUNNERS.c.alive_s >= bindparam("alive_since_s"))
-    num_alive = select(func.count()).select_from(RUNNERS).where(*is_alive).scalar_subquery()
-    work_per_s = RATES.c.work_per_s * case((num_alive > 1, num_alive), else_=1)
-    return select(work_per_s).where(RATES.c.model == model, RATES.c.lane == lane)
+    num_alive = select(func.count()).select_from(RUNNERS).where(*is_alive).correlate(RATES).scalar_subquery()
+    columns = (RATES.c.model, RATES.c.lane, RATES.c.work_per_s, RATES.c.pixels_per_s, num_alive)
+    return select(*columns).where(RATES.c.model.in_(bindparam("models", expanding=True)))
 
 
 @dataclass(frozen=True)
@@ -192,35 +232,35 @@ def estimate_retry_s(connection: Connection, model: str, bound: QueueBound, now_
 
     ``num_before`` callers were rejected earlier and have not come back: they get the places before.
     """
-    lane = {"model": model, "lane": bound.lane.value, "alive_since_s": now_s - _ALIVE_S}
-    work_per_s = connection.execute(_query_speed(bindparam("model"), bindparam("lane")), lane).scalar_one_or_none()
+    speed = _find_speeds(connection, [model], now_s).get((model, bound.lane.value))
     query = (
-        select(JOBS.c.owner, JOBS.c.state, WORK_LEFT)
+        select(JOBS.c.owner, JOBS.c.state, WORK_LEFT, PIXELS)
         .where(JOBS.c.model == model, JOBS.c.lane == bound.lane.value, JOBS.c.state.in_((QUEUED, IN_PROGRESS)))
         .order_by(*QUEUE_ORDER)
     )
     unfinished = connection.execute(query).all()
-    running = [work for _, state, work in unfinished if state == IN_PROGRESS]
-    queued = [(owner, work) for owner, state, work in unfinished if state == QUEUED]
-    num_ahead = next((i for i, (owner, _) in enumerate(queued) if bound.owner in (None, owner)), None)
-    if num_ahead is None or not running or not work_per_s:
+    owners = [owner for owner, state, *_ in unfinished if state == QUEUED]
+    num_ahead = next((i for i, owner in enumerate(owners) if bound.owner in (None, owner)), None)
+    if num_ahead is None or len(owners) == len(unfinished) or speed is None:
         return UNKNOWN_RETRY_S
-    works = [work for _, work in queued]
-    further_s = num_before * sum(works) / len(works) / work_per_s
-    return min(max(estimate_freed_s(running, works, num_ahead + 1, work_per_s) + further_s, MIN_RETRY_S), MAX_RETRY_S)
+    running = [speed.seconds(work, pixels) for _, state, work, pixels in unfinished if state == IN_PROGRESS]
+    queued = [speed.seconds(work, pixels) for _, state, work, pixels in unfinished if state == QUEUED]
+    further_s = num_before * sum(queued) / len(queued)
+    return min(max(estimate_freed_s(running, queued, num_ahead + 1) + further_s, MIN_RETRY_S), MAX_RETRY_S)
 
 
-def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_places: int, work_per_s: float) -> float:
+def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_places: int) -> float:
     """Return the seconds until places of a lane have become free ``num_places`` times; queued jobs take them again.
 
-    ``running`` and ``queued`` hold the work left of each job: of one that runs at least, and of all that take a place.
+    ``running`` and ``queued`` hold the seconds that each job has left if it runs alone: of one that runs at least, and
+    of all that take a place.
     """
     waiting = iter(queued)
-    # All running jobs advance at the same pace: a job's end is the work per job at which it is done.
+    # All running jobs advance at the same pace: a job's end is the seconds per job at which it is done.
     ends, done, elapsed_s = list(running), 0.0, 0.0
     heapq.heapify(ends)
     for _ in range(num_places):
-        elapsed_s += (ends[0] - done) * len(ends) / work_per_s
+        elapsed_s += (ends[0] - done) * len(ends)
         done = ends[0]
         following = next(waiting, None)
         if following is None:
@@ -230,38 +270,84 @@ def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_plac
     return elapsed_s
 
 
-def note_rate(connection: Connection, model: str, lane: Lane, work_per_s: float, now_s: float) -> None:
+def note_speed(connection: Connection, model: str, lane: Lane, speed: Speed, now_s: float) -> None:
     """Add a runner's measurement to the average of all runners."""
-    assert work_per_s > 0, "a finished job has some work"
-    query = select(RATES.c.work_per_s).where(RATES.c.model == model, RATES.c.lane == lane.value)
-    if (known := connection.execute(query).scalar_one_or_none()) is not None:
-        work_per_s = _NEWEST_SHARE * work_per_s + (1 - _NEWEST_SHARE) * known
-    upsert(connection, RATES, model=model, lane=lane.value, work_per_s=work_per_s, updated_s=now_s)
+    assert speed.work_per_s > 0, "a finished job has some work"
+    query = select(RATES.c.work_per_s, RATES.c.pixels_per_s).where(RATES.c.model == model, RATES.c.lane == lane.value)
+    known = connection.execute(query).one_or_none() or (None, None)
+    work_per_s, pixels_per_s = map(_average, known, (speed.work_per_s, speed.pixels_per_s))
+    rates = {"work_per_s": work_per_s, "pixels_per_s": pixels_per_s, "updated_s": now_s}
+    upsert(connection, RATES, model=model, lane=lane.value, **rates)
+
+
+def _average(known: float | None, measured: float | None) -> float | None:
+    if known is None or measured is None:
+        return known if measured is None else measured
+    return _NEWEST_SHARE * measured + (1 - _NEWEST_SHARE) * known
+
+
+class _Promise(NamedTuple):
+    """A place that is kept for a rejected caller, from a time on."""
+
+    due_s: float
+    caller: Hashable
 
 
 class RetryEstimator:
-    """Spreads the retries of rejected callers, who would otherwise all come back at once for one place.
+    """Spreads the retries of rejected callers, and keeps a place for each who comes back when it was told to.
 
-    Counts the callers of this process, from any thread. One who comes back early is counted again: hence a bound, by
-    the number of places.
+    Knows the callers of this process by their owner and request, from any thread. One who comes back early is taken for
+    another one with the same request, and counts again: hence a bound, by the number of places.
     """
 
     def __init__(self) -> None:
-        self._until_s: dict[QueueBound, deque[float]] = {}
+        self._promises: dict[QueueBound, list[_Promise]] = {}
         self._lock = threading.Lock()
 
-    def add_rejected(self, bound: QueueBound, seconds: float) -> None:
-        """Count a rejected caller who may retry in ``seconds``."""
-        with self._lock:
-            until_s = self._until_s.setdefault(bound, deque())
-            until_s.append(time.monotonic() + seconds)
-            while len(until_s) > _CALLERS_PER_PLACE * bound.limit:
-                until_s.popleft()
+    def promise(self, bound: QueueBound, caller: Hashable, estimate_s: Callable[[int], float]) -> float:
+        """Return in how many seconds a rejected caller is to come back.
 
-    def num_expected(self, bound: QueueBound) -> int:
-        """Return the number of callers whose time to retry has not come."""
+        ``estimate_s`` takes the number of other callers who will come back before.
+        """
         now_s = time.monotonic()
         with self._lock:
-            still = {bound: [until_s for until_s in known if until_s > now_s] for bound, known in self._until_s.items()}
-            self._until_s = {bound: deque(until_s) for bound, until_s in still.items() if until_s}
-            return len(self._until_s.get(bound, ()))
+            self._drop_past(now_s)
+            promises = self._promises.setdefault(bound, [])
+            if (kept := self._find_due(bound, caller, now_s)) is not None:
+                promises.remove(kept)  # it has come, and there was no place after all
+            num_before = sum(each.due_s > now_s for each in promises)
+        seconds = estimate_s(num_before)
+        with self._lock:
+            promises = self._promises.setdefault(bound, [])
+            promises.append(_Promise(now_s + seconds, caller))
+            del promises[: -_CALLERS_PER_PLACE * bound.limit]
+        return seconds
+
+    def count_kept(self, bound: QueueBound, caller: Hashable) -> int:
+        """Return how many places are kept from a caller, for others who are about to come back."""
+        now_s = time.monotonic()
+        with self._lock:
+            self._drop_past(now_s)
+            if self._find_due(bound, caller, now_s) is not None:
+                return 0
+            return sum(each.due_s <= now_s for each in self._promises.get(bound, ()))
+
+    def fulfil(self, caller: Hashable) -> None:
+        """Note that a caller was accepted."""
+        with self._lock:
+            for bound, promises in self._promises.items():
+                if (kept := self._find_due(bound, caller, time.monotonic())) is not None:
+                    promises.remove(kept)
+
+    def _find_due(self, bound: QueueBound, caller: Hashable, now_s: float) -> _Promise | None:
+        """Return a promise to a caller whose time has come."""
+        promises = self._promises.get(bound, ())
+        return next((each for each in promises if each.caller == caller and each.due_s - _EARLY_S <= now_s), None)
+
+    def _drop_past(self, now_s: float) -> None:
+        """Drop the promises whose callers have not come back in time."""
+        kept = {
+            bound: [each for each in promises if each.due_s + _KEPT_S >= now_s]
+            for bound, promises in self._promises.items()
+        }
+        self._promises = {bound: promises for bound, promises in kept.items() if promises}

@@ -12,7 +12,7 @@ Every change happens under the queue lock (``Database.writing(is_queue=True)``).
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -87,16 +87,30 @@ def find_earlier(connection: Connection, new: NewJob) -> Job | None:
     return job_of(row)
 
 
-def check_room(connection: Connection, new: NewJob, config: JobsConfig, key_limits: KeyLimits | None) -> None:
-    """Raise QueueFull if the queue of a model's lane, or the owner's part of it, has no room for another job."""
+def check_room(
+    connection: Connection,
+    new: NewJob,
+    config: JobsConfig,
+    key_limits: KeyLimits | None,
+    count_kept: Callable[[QueueBound], int],
+) -> None:
+    """Raise QueueFull if the queue of a model's lane, or the owner's part of it, has no room for another job.
+
+    ``count_kept`` returns how many places of a bound are kept for others.
+    """
     parameters = {"model": new.model, "lane": new.lane.value, "owner": new.owner}
-    if connection.execute(_query_count(False), parameters).scalar_one() >= config.max_queued:
-        raise QueueFull(QueueBound(new.lane, None, config.max_queued))
+
+    def check(bound: QueueBound) -> None:
+        num_queued = connection.execute(_query_count(bound.owner is not None), parameters).scalar_one()
+        if num_queued + count_kept(bound) >= bound.limit:
+            raise QueueFull(bound)
+
+    check(QueueBound(new.lane, None, config.max_queued))
     own_limit = None if key_limits is None else key_limits.max_queued
     if own_limit is None and new.owner:
         own_limit = config.max_queued_per_key
-    if own_limit is not None and connection.execute(_query_count(True), parameters).scalar_one() >= own_limit:
-        raise QueueFull(QueueBound(new.lane, new.owner, own_limit))
+    if own_limit is not None:
+        check(QueueBound(new.lane, new.owner, own_limit))
 
 
 @cache

@@ -153,5 +153,6 @@ RATES = Table(
     Column("model", Text, primary_key=True),
     Column("lane", Text, primary_key=True),
     Column("work_per_s", Double, nullable=False),
+    Column("pixels_per_s", Double),  # since 0004
     Column("updated_s", Double, nullable=False),
 )

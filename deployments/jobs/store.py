@@ -18,7 +18,7 @@ from cosmos3_core.errors import RequestError
 from deployments.config import JobsConfig
 from deployments.jobs import estimates, queue
 from deployments.jobs.database import Database
-from deployments.jobs.estimates import ClassLoad, RetryEstimator
+from deployments.jobs.estimates import ClassLoad, QueueBound, RetryEstimator, Speed
 from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome, Progress
 from deployments.jobs.keys import KeyLimits, KeyStore
 from deployments.jobs.queue import ClaimRequest, Fault
@@ -90,24 +90,36 @@ class JobStore:
             RequestError: the class is unknown, or a text cannot be stored.
         """
         queue.check_storable(new, config)
+        estimator = RetryEstimator() if retry_estimator is None else retry_estimator
+        caller = new.owner, new.fingerprint
+
+        def count_kept(bound: QueueBound) -> int:
+            return estimator.count_kept(bound, caller)
+
         try:
             # First without the write lock: clients that keep trying a full queue must not block runners.
             with self._database.reading() as connection:
                 if (earlier := queue.find_earlier(connection, new)) is not None:
                     return earlier
-                queue.check_room(connection, new, config, key_limits)
+                queue.check_room(connection, new, config, key_limits, count_kept)
             with self._database.writing(is_queue=True) as connection:
                 if (earlier := queue.find_earlier(connection, new)) is not None:
                     return earlier
-                queue.check_room(connection, new, config, key_limits)
-                return queue.enqueue(connection, new, config, self._clock())
+                queue.check_room(connection, new, config, key_limits, count_kept)
+                job = queue.enqueue(connection, new, config, self._clock())
         except queue.QueueFull as full:
-            estimator = RetryEstimator() if retry_estimator is None else retry_estimator
-            num_before = estimator.num_expected(full.bound)
+            bound = full.bound
             with self._database.reading() as connection:
-                wait_s = estimates.estimate_retry_s(connection, new.model, full.bound, self._clock(), num_before)
-            estimator.add_rejected(full.bound, wait_s)
-            raise full.bound.make_error(wait_s) from None
+                wait_s = estimator.promise(
+                    bound,
+                    caller,
+                    lambda num_before: estimates.estimate_retry_s(
+                        connection, new.model, bound, self._clock(), num_before
+                    ),
+                )
+            raise bound.make_error(wait_s) from None
+        estimator.fulfil(caller)
+        return job
 
     # Reading
 
@@ -331,7 +343,7 @@ class JobStore:
 
     # Speed
 
-    def note_rate(self, model: str, lane: Lane, work_per_s: float) -> None:
+    def note_speed(self, model: str, lane: Lane, speed: Speed) -> None:
         """Add a runner's speed in a lane to the average of all runners."""
         with self._database.writing() as connection:
-            estimates.note_rate(connection, model, lane, work_per_s, self._clock())
+            estimates.note_speed(connection, model, lane, speed, self._clock())

@@ -48,6 +48,7 @@ from deployments.errors import (
     MediaStoreError,
 )
 from deployments.failures import explain_error
+from deployments.jobs.estimates import Speed
 from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions
 from deployments.media.layout import new_media_id
@@ -142,7 +143,7 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     second = api.create({**_SMALL, "previews": 2})
     yield "queued", _fetch(api, clock, first)
     yield "queued behind another one", _fetch(api, clock, second)
-    api.store.note_rate(MODEL, Lane.VIDEO, 100.0)
+    api.store.note_speed(MODEL, Lane.VIDEO, Speed(100.0))
     yield "queued, pace known", _fetch(api, clock, second)
     clock.advance(1.5)
     job = api.claim()

@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from deployments.config import JobsConfig
 from deployments.jobs import queue
+from deployments.jobs.estimates import Speed
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, new_job_id
 from deployments.jobs.queue import ClaimRequest
 from deployments.jobs.schema import RATES, RUNNERS
@@ -82,11 +83,12 @@ def list_runners(store: JobStore, silent_s: float) -> tuple[str, ...]:
         return tuple(connection.execute(select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)).scalars())
 
 
-def read_rate(store: JobStore, lane: Lane) -> float | None:
-    """Return the recorded work per second of a lane."""
+def read_speed(store: JobStore, lane: Lane) -> Speed | None:
+    """Return the recorded speed of a lane."""
     with store._database.reading() as connection:
-        query = select(RATES.c.work_per_s).where(RATES.c.model == MODEL, RATES.c.lane == lane.value)
-        return connection.execute(query).scalar_one_or_none()
+        query = select(RATES.c.work_per_s, RATES.c.pixels_per_s).where(RATES.c.model == MODEL)
+        found = connection.execute(query.where(RATES.c.lane == lane.value)).one_or_none()
+        return None if found is None else Speed(*found)
 
 
 def claim_existing(store: JobStore, runner: str = "runner", **changes: Any) -> Job:

@@ -72,6 +72,23 @@ def test_idle_time_does_not_lower_throughput() -> None:
     assert throughput.add(100, start_s=1000, end_s=1010) == pytest.approx(10)
 
 
+def test_a_slow_first_request_does_not_count_for_long() -> None:
+    throughput = Throughput()
+    throughput.add(100, start_s=0, end_s=1000)
+    for number in range(40):
+        found = throughput.add(100, start_s=1000 + number, end_s=1001 + number)
+    assert found == pytest.approx(100)
+
+
+def test_batches_of_concurrent_jobs_are_not_taken_for_slow() -> None:
+    throughput = Throughput()
+    for batch in range(4):
+        for _ in range(16):
+            found = throughput.add(100, start_s=160 * batch, end_s=160 * (batch + 1))
+            assert batch < 2 or found == pytest.approx(10, rel=0.35)
+    assert found == pytest.approx(10)
+
+
 def test_old_measurements_count_little() -> None:
     throughput = Throughput()
     throughput.add(1e6, start_s=0, end_s=10)

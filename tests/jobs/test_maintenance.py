@@ -11,6 +11,7 @@ import pytest
 
 from deployments.config import JobsConfig
 from deployments.jobs import service as service_module
+from deployments.jobs.estimates import Speed
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
 from deployments.jobs.service import JobService, Maintenance
 from deployments.jobs.store import JobStore
@@ -192,7 +193,7 @@ def test_speed_is_the_sum_over_runners(store: JobStore) -> None:
     store.create(new_job(work=30.0), LIMITS)
     waiting = store.create(new_job(work=30.0), LIMITS)
     assert claim(store, "one") is not None
-    store.note_rate(MODEL, Lane.VIDEO, 1.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(1.0))
     alone = store.find_positions([waiting])[waiting.job_id]
     assert claim(store, "two", lane=Lane.IMAGE) is None
     together = store.find_positions([waiting])[waiting.job_id]

@@ -18,7 +18,9 @@ from deployments.jobs.estimates import (
     MIN_RETRY_S,
     UNKNOWN_RETRY_S,
     ClassLoad,
+    QueueBound,
     RetryEstimator,
+    Speed,
     estimate_freed_s,
 )
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
@@ -111,14 +113,14 @@ def test_the_number_of_a_keys_queued_jobs_is_bounded(store: JobStore) -> None:
 # Retry-After
 
 
-def simulate_wait(running: list[float], queued: list[float], num_places: int, work_per_s: float) -> float:
+def simulate_wait(running: list[float], queued: list[float], num_places: int) -> float:
     """Simulate the waiting time in small steps."""
     left, waits, elapsed_s, step_s = list(running), list(queued), 0.0, 1e-4
     while num_places > 0:
         elapsed_s += step_s
-        left = [work - step_s * work_per_s / len(left) for work in left]
-        for i, work in enumerate(left):
-            if work <= 0 and num_places > 0:
+        left = [seconds - step_s / len(left) for seconds in left]
+        for i, seconds in enumerate(left):
+            if seconds <= 0 and num_places > 0:
                 num_places -= 1
                 left[i] = waits.pop(0)
     return elapsed_s
@@ -127,11 +129,11 @@ def simulate_wait(running: list[float], queued: list[float], num_places: int, wo
 @pytest.mark.parametrize("seed", range(3))
 def test_place_times_follow_from_jobs_that_share_the_speed(seed: int) -> None:
     dice = random.Random(seed)
-    running = [dice.uniform(1, 9) for _ in range(dice.randint(1, 3))]
-    queued = [dice.uniform(1, 9) for _ in range(4)]
+    running = [dice.uniform(0.05, 0.5) for _ in range(dice.randint(1, 3))]
+    queued = [dice.uniform(0.05, 0.5) for _ in range(4)]
     for num_places in (1, 2, 4):
-        expected_s = simulate_wait(running, queued, num_places, 20.0)
-        assert estimate_freed_s(running, queued, num_places, 20.0) == pytest.approx(expected_s, abs=0.01)
+        expected_s = simulate_wait(running, queued, num_places)
+        assert estimate_freed_s(running, queued, num_places) == pytest.approx(expected_s, abs=0.01)
 
 
 def test_retry_after_of_a_full_queue_is_the_end_of_the_next_job(store: JobStore) -> None:
@@ -143,7 +145,7 @@ def test_retry_after_of_a_full_queue_is_the_end_of_the_next_job(store: JobStore)
     enqueue(store, work=1000.0)
     enqueue(store, work=500.0)
     assert create_refused(store, limits=limits).retry_after_s == UNKNOWN_RETRY_S, "nothing was measured"
-    store.note_rate(MODEL, Lane.VIDEO, 10.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(10.0))
     # Each gets 5 of 10 a second.
     assert create_refused(store, limits=limits).retry_after_s == pytest.approx(400 / 5)
     larger = max(jobs, key=lambda job: job.work)
@@ -151,7 +153,7 @@ def test_retry_after_of_a_full_queue_is_the_end_of_the_next_job(store: JobStore)
     assert create_refused(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 5)
     claim(store, "runner2", lane=Lane.IMAGE)
     assert create_refused(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), "two runners"
-    store.note_rate(MODEL, Lane.IMAGE, 1.0)
+    store.note_speed(MODEL, Lane.IMAGE, Speed(1.0))
     assert create_refused(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), (
         "the other lane is another's"
     )
@@ -163,7 +165,7 @@ def test_refused_callers_get_staggered_retry_times(store: JobStore) -> None:
     store.create(new_job(work=10.0), limits)
     claim_existing(store)
     store.create(new_job(work=10.0), limits)
-    store.note_rate(MODEL, Lane.VIDEO, 1.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(1.0))
     waits_s = []
     for owner in ("a", "b", "c", "c", "d", "e", "f"):
         with pytest.raises(OverloadedError) as refused:
@@ -176,8 +178,89 @@ def test_refused_callers_get_staggered_retry_times(store: JobStore) -> None:
     assert refused.value.retry_after_s < 20, "a key's own bound is another one"
 
 
+def test_the_slower_of_denoising_and_decoding_sets_the_pace(store: JobStore) -> None:
+    limits = limits_with(max_queued=2)
+    size = {"num_frames": 10, "width": 100, "height": 100}  # 100,000 pixels
+    for _ in range(2):
+        store.create(new_job(work=10.0, **size), limits)
+    claim_existing(store)
+    store.create(new_job(work=10.0, **size), limits)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(10.0, 100_000.0 / 4))
+    assert create_refused(store, limits=limits).retry_after_s == pytest.approx(4.0), "decoding takes 4 s, the rest 1"
+    waits = store.find_positions(store.list("", after=None, limit=9, is_ascending=True).jobs)
+    assert sorted(it.eta_s or 0.0 for it in waits.values()) == pytest.approx([8.0, 12.0])
+
+
+class Waiting:
+    """Callers of a full queue of one place, on a clock of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(estimates.time, "monotonic", lambda: self.now_s)
+        self.estimator = RetryEstimator()
+        self.bound = QueueBound(Lane.VIDEO, None, 1)
+
+    def reject(self, caller: str) -> float:
+        return self.estimator.promise(self.bound, caller, lambda num_before: 10.0 * (num_before + 1))
+
+    def kept(self, caller: str) -> int:
+        return self.estimator.count_kept(self.bound, caller)
+
+
+def test_a_place_is_kept_for_a_caller_who_comes_back_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting(monkeypatch)
+    assert [waiting.reject(caller) for caller in "ab"] == [10.0, 20.0]
+    waiting.now_s += 9.0
+    assert [waiting.kept(caller) for caller in "abc"] == [0, 0, 0], "no place is free yet"
+    waiting.now_s += 1.5
+    assert [waiting.kept(caller) for caller in "abc"] == [0, 1, 1]
+    waiting.estimator.fulfil("a")
+    assert waiting.kept("c") == 0
+    waiting.now_s += 10.0
+    assert [waiting.kept(caller) for caller in "bc"] == [0, 1]
+    waiting.now_s += 6.0
+    assert waiting.kept("c") == 0, "b has not come"
+
+
+def test_callers_with_the_same_request_each_have_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting(monkeypatch)
+    assert [waiting.reject("a") for _ in range(3)] == [10.0, 20.0, 30.0]
+    for _ in range(3):
+        waiting.now_s += 10.0
+        assert (waiting.kept("a"), waiting.kept("other")) == (0, 1)
+        waiting.estimator.fulfil("a")
+        assert waiting.kept("other") == 0
+
+
+def test_a_caller_whose_place_was_not_free_after_all_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting(monkeypatch)
+    waiting.reject("a")
+    waiting.now_s += 10.0
+    assert waiting.reject("a") == 10.0
+    assert waiting.kept("other") == 0
+
+
+def test_a_kept_place_is_not_given_to_another(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, limits = Waiting(monkeypatch), limits_with(max_queued=1)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(1.0))
+    store.create(new_job(work=10.0), limits)
+    claim_existing(store)
+    store.create(new_job(work=10.0), limits)
+
+    def create(fingerprint: str) -> Job:
+        return store.create(new_job(fingerprint=fingerprint), limits, retry_estimator=waiting.estimator)
+
+    with pytest.raises(OverloadedError):
+        create("first")
+    waiting.now_s += 10.0
+    claim_existing(store, "runner2")  # the place is free
+    with pytest.raises(OverloadedError):
+        create("newcomer")
+    assert create("first").fingerprint == "first"
+
+
 def test_retry_after_of_a_key_is_the_start_of_its_next_job(store: JobStore) -> None:
-    store.note_rate(MODEL, Lane.VIDEO, 10.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(10.0))
     store.create(new_job(work=100.0), LIMITS)
     claim_existing(store)
     for owner, work in [("key1", 200.0), ("key2", 300.0)]:
@@ -192,10 +275,10 @@ def test_retry_after_is_bounded(store: JobStore) -> None:
     store.create(new_job(work=1.0), limits)
     claim_existing(store)
     store.create(new_job(work=1.0), limits)
-    store.note_rate(MODEL, Lane.VIDEO, 1000.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(1000.0))
     assert create_refused(store, limits=limits).retry_after_s == MIN_RETRY_S
     for _ in range(60):
-        store.note_rate(MODEL, Lane.VIDEO, 1e-9)
+        store.note_speed(MODEL, Lane.VIDEO, Speed(1e-9))
     assert create_refused(store, limits=limits).retry_after_s == MAX_RETRY_S
 
 
@@ -206,7 +289,7 @@ def test_silent_runners_do_not_count(store: JobStore, clock: Clock) -> None:
     store.create(new_job(work=100.0), limits)
     claim_existing(store)
     store.create(new_job(), limits)
-    store.note_rate(MODEL, Lane.VIDEO, 10.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(10.0))
     assert create_refused(store, limits=limits).retry_after_s == pytest.approx(10)
 
 
@@ -480,7 +563,7 @@ def test_a_jobs_position_counts_the_jobs_ahead(store: JobStore) -> None:
     assert [where(store, job) for job in jobs] == [(0, None), (1, None), (2, None)]
     running = claim_existing(store)
     store.record(make_lease(running), Progress(step=1), [])
-    store.note_rate(MODEL, Lane.VIDEO, 2.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(2.0))
     assert where(store, jobs[2]) == (2, (7.5 + 10.0 + 10.0) / 2.0)
     assert store.find_positions([reload(store, running), jobs[0]]) == {}, "neither job is queued in the database"
     sooner = enqueue(store, service_class="interactive", work=10.0)[0]
@@ -493,7 +576,7 @@ def test_one_query_places_a_whole_page(store: JobStore, monkeypatch: pytest.Monk
     videos, images = enqueue(store, 60, work=10.0), enqueue(store, 39, work=1.0, lane=Lane.IMAGE)
     others = enqueue(store, model="super")
     running = claim_existing(store)
-    store.note_rate(MODEL, Lane.IMAGE, 2.0)
+    store.note_speed(MODEL, Lane.IMAGE, Speed(2.0))
     page, reading, transactions = [*videos, *images, *others], store._database.reading, []
 
     def count_reading() -> Any:

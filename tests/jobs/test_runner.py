@@ -19,11 +19,12 @@ from cluster.events import QueuePosition, StepDone
 from cosmos3_core.errors import RequestError
 from deployments.director.recorder import SAVED_STATE
 from deployments.errors import JobCancelled
+from deployments.jobs.estimates import Speed
 from deployments.jobs.job import Job, JobState, Lane, SubmitOptions
 from deployments.jobs.rows import insert_job
 from deployments.jobs.schema import JOBS
 from deployments.messages import Finished
-from tests.jobs.making import limits_with, new_job, read_rate
+from tests.jobs.making import limits_with, new_job, read_speed
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 
 
@@ -46,7 +47,7 @@ def test_a_detached_job_runs_and_is_recorded(serve: Any) -> None:
         ]
         while service.files.exists(job.job_id, SAVED_STATE):  # no runner will resume from it
             await asyncio.sleep(0.02)
-        while not read_rate(service.store, Lane.VIDEO):
+        while not read_speed(service.store, Lane.VIDEO):
             await asyncio.sleep(0.02)
 
     serve(body)
@@ -444,7 +445,7 @@ def test_refused_callers_get_staggered_retry_times(serve: Any) -> None:
         service.stage.gate.clear()
         await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
         queued = await service.submit()
-        service.store.note_rate("nano", Lane.VIDEO, queued.work / 10)  # ten seconds each
+        service.store.note_speed("nano", Lane.VIDEO, Speed(queued.work / 10))  # ten seconds each
         waits_s = []
         for _ in range(4):
             with pytest.raises(OverloadedError) as refused:

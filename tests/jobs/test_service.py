@@ -11,6 +11,7 @@ import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
 from deployments.errors import ApiError
+from deployments.jobs.estimates import Speed
 from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.service import MAX_PART_BYTES, JobService
 from deployments.jobs.store import JobStore
@@ -181,7 +182,7 @@ def test_a_page_of_queued_jobs_takes_two_queries(
     for _ in range(101):
         created.append(jobs.store.create(new_job(), LIMITS))
         clock.advance(1.0)
-    jobs.store.note_rate(MODEL, Lane.VIDEO, 2.0)
+    jobs.store.note_speed(MODEL, Lane.VIDEO, Speed(2.0))
     reading, transactions = jobs.store._database.reading, []
 
     def count_reading() -> Any:

@@ -12,6 +12,7 @@ from cosmos3_core.errors import RequestError
 from deployments.errors import IdempotencyConflict, IllegalTransition, JobsError, LeaseLost
 from deployments.jobs import rows
 from deployments.jobs import store as store_module
+from deployments.jobs.estimates import Speed
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
 from deployments.jobs.store import JobStore, Lease
 from tests.clock import Clock
@@ -28,7 +29,7 @@ from tests.jobs.making import (
     list_runners,
     make_lease,
     new_job,
-    read_rate,
+    read_speed,
     reload,
 )
 from tests.jobs.racing import race
@@ -461,15 +462,17 @@ def test_silent_runners_are_forgotten(store: JobStore, clock: Clock) -> None:
 
 
 def test_measured_speed_is_averaged_and_stored(store: JobStore, jobs_url: str) -> None:
-    assert read_rate(store, Lane.VIDEO) is None
-    store.note_rate(MODEL, Lane.VIDEO, 100.0)
-    store.note_rate(MODEL, Lane.IMAGE, 7.0)
-    store.note_rate("super", Lane.VIDEO, 3.0)
-    assert read_rate(store, Lane.VIDEO) == 100.0
-    store.note_rate(MODEL, Lane.VIDEO, 200.0)
+    assert read_speed(store, Lane.VIDEO) is None
+    store.note_speed(MODEL, Lane.VIDEO, Speed(100.0))
+    store.note_speed(MODEL, Lane.IMAGE, Speed(7.0))
+    store.note_speed("super", Lane.VIDEO, Speed(3.0))
+    assert read_speed(store, Lane.VIDEO) == Speed(100.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(200.0, 1000.0))
     other = JobStore.open(jobs_url)
-    assert read_rate(other, Lane.VIDEO) == pytest.approx(130.0)
-    assert read_rate(other, Lane.IMAGE) == 7.0
+    assert read_speed(other, Lane.VIDEO) == Speed(pytest.approx(130.0), 1000.0)
+    store.note_speed(MODEL, Lane.VIDEO, Speed(130.0))
+    assert read_speed(other, Lane.VIDEO) == Speed(pytest.approx(130.0), 1000.0), "of a job without a file"
+    assert read_speed(other, Lane.IMAGE) == Speed(7.0)
     other.close()
 
 

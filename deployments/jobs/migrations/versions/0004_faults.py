@@ -1,4 +1,4 @@
-"""Jobs that wait until a fault of their surroundings has passed, and what they wait for.
+"""Jobs that wait until a fault of their surroundings has passed, and what they wait for; the speed of decoding.
 
 Processes of the release before insert jobs without these columns, and claim jobs that should wait: both do no harm.
 """
@@ -21,3 +21,4 @@ def upgrade() -> None:
         sa.Column("fault_since_s", sa.Double),
     ):
         op.add_column("jobs", column)
+    op.add_column("rates", sa.Column("pixels_per_s", sa.Double))
