@@ -2,6 +2,7 @@
 # make test       the CPU tests (minutes), on one Ray at most
 # make test-serve those that start most processes: the commands, README's blocks, restarts, gangs of four ranks
 # make test-all   every test this machine can run
+# make soak       long tries under load, each a table: kills of every kind of process
 # make test-gpu   what needs GPUs, on those that this machine has; without pytest: python -m tests.gpu
 # make lint       ruff and mypy, changing nothing     make format     let ruff rewrite
 # make demo       the whole graph on this machine: a prompt over HTTP becomes demo.mp4, with a tiny random checkpoint
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: env demo test test-serve test-all test-gpu lint format clean
+.PHONY: env demo test test-serve test-all soak test-gpu lint format clean
 
 # Python, and pytest for the tests, keep what they have compiled: tests start many processes.
 unexport PYTHONDONTWRITEBYTECODE
@@ -39,6 +40,10 @@ test-serve: env
 
 test-all: env
 	$(BIN)/python -m pytest -n 2
+
+soak: env
+	test -d outputs/tiny-nano || $(BIN)/cosmos3 tiny-checkpoint outputs/tiny-nano
+	$(BIN)/python -m tests.soak.kill_table outputs/tiny-nano outputs/soak
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu
