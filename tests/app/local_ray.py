@@ -141,23 +141,43 @@ class Method:
         return self.call(*arguments)
 
 
+@dataclass(frozen=True)
+class ActorMethod(Method):
+    """``actor.method``, which a concurrency group calls beside others."""
+
+    beside: Method
+
+    def options(self, *, concurrency_group: str) -> Method:
+        assert concurrency_group
+        return self.beside
+
+
 class Actor:
-    """An actor: an asynchronous one answers in the event loop, another one in its one thread, call after call."""
+    """An actor: an asynchronous one answers in the event loop, another one in its one thread, call after call.
+
+    Calls in a concurrency group have a second thread.
+    """
 
     def __init__(self, loop: Loop, body: Any, is_async: bool) -> None:
         self._loop, self._body, self._is_async = loop, body, is_async
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=type(body).__name__)
+        self._thread, self._second_thread = (
+            ThreadPoolExecutor(1, thread_name_prefix=type(body).__name__) for _ in range(2)
+        )
 
-    def __getattr__(self, name: str) -> Method:
+    def __getattr__(self, name: str) -> ActorMethod:
         if name.startswith("_"):
             raise AttributeError(name)
-        return Method(lambda *arguments: Ref(self._loop.start(self._answer(name, Packed.of(arguments)))))
 
-    async def _answer(self, name: str, arguments: Packed) -> Packed:
+        def call_in(thread: ThreadPoolExecutor) -> Callable[..., Ref]:
+            return lambda *arguments: Ref(self._loop.start(self._answer(name, Packed.of(arguments), thread)))
+
+        return ActorMethod(call_in(self._thread), Method(call_in(self._second_thread)))
+
+    async def _answer(self, name: str, arguments: Packed, thread: ThreadPoolExecutor) -> Packed:
         method, given = getattr(self._body, name), await resolve(arguments)
         if self._is_async:
             return Packed.of(await method(*given))
-        return await asyncio.wrap_future(self._thread.submit(lambda: Packed.of(method(*given))))
+        return await asyncio.wrap_future(thread.submit(lambda: Packed.of(method(*given))))
 
     def hold(self, until: threading.Event) -> threading.Event:
         """Do nothing after the current call; return an event that is set from then on."""
@@ -166,7 +186,8 @@ class Actor:
         return begun
 
     def stop(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        for thread in (self._thread, self._second_thread):
+            thread.shutdown(cancel_futures=True)
 
 
 class _RankHere:
@@ -188,7 +209,10 @@ class LocalRay:
         self._loop = loop
         self._actors: list[Actor] = []
 
-    def remote(self, body: type) -> Any:
+    def remote(self, body: type | None = None, *, concurrency_groups: dict[str, int] | None = None) -> Any:
+        if body is None:
+            assert concurrency_groups is not None
+            return self.remote
         if issubclass(body, Rank):
             body = type(body.__name__, (_RankHere, body), {})
         is_async = any(asyncio.iscoroutinefunction(member) for member in vars(body).values())
