@@ -52,6 +52,8 @@ _NOT_UTF8 = ApiError(
     400, "invalid_header", "headers that the service reads must be UTF-8, and this one has other bytes"
 )
 _NO_ROUTE = ApiError(404, "no_such_route", "Not Found; /openapi.json has all routes")
+_FULL = ApiError(429, "overloaded", "too many requests wait for this app; try again later", {"retry-after": "5"})
+_LATE = ApiError(408, "deadline_exceeded", "the request was not done in the time that Serve allows")
 _LOST = ApiError(
     503,
     "unavailable",
@@ -115,9 +117,7 @@ def _replace_serves_error(start: Message) -> JSONResponse | None:
     if start["status"] < 400 or _OWN_MARK in headers or not headers.get("content-type", "").startswith("text/plain"):
         return None
     kept = {name: value for name, value in headers.items() if name in ("x-request-id", "retry-after")}
-    if start["status"] == 404:
-        return _respond(_NO_ROUTE, kept)
-    return _respond(_LOST, kept)
+    return _respond({404: _NO_ROUTE, 408: _LATE, 429: _FULL}.get(start["status"], _LOST), kept)
 
 
 def _respond(error: ApiError, headers: Mapping[str, str] = MappingProxyType({})) -> JSONResponse:

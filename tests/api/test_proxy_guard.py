@@ -46,6 +46,8 @@ async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("a path of the server: /srv")
     serves_own = {
         "/lost": PlainTextResponse("ActorDiedError: 10.0.0.7", 500, {"x-request-id": request_id}),
+        "/full": PlainTextResponse("Request dropped due to backpressure", 429, {"retry-after": "7"}),
+        "/late": PlainTextResponse("Request timed out", 408),
         "/missing": PlainTextResponse("Path '/missing' not found.", 404),
         "/-/healthz": PlainTextResponse("not yet", 503),
         "/-/routes": PlainTextResponse("{}", 200),
@@ -239,6 +241,8 @@ def test_bytes_that_serve_cannot_decode_are_the_callers_fault(client: Client) ->
     [
         ("/lost", (503, "unavailable")),
         ("/raise", (503, "unavailable")),
+        ("/full", (429, "overloaded")),
+        ("/late", (408, "deadline_exceeded")),
         ("/missing", (404, "no_such_route")),
         ("/-/routes", (404, "no_such_route")),
     ],
@@ -253,6 +257,12 @@ def test_an_answer_for_a_lost_process_keeps_its_request_id(client: Client) -> No
     status, headers, body = client.read()
     assert (status, headers["x-request-id"], headers["retry-after"]) == (503, "mine", "5")
     assert b"10.0.0.7" not in body
+
+
+def test_a_full_apps_answer_keeps_its_time(client: Client) -> None:
+    client.send(_head(path=b"/full"))
+    status, headers, _ = client.read()
+    assert (status, headers["retry-after"]) == (429, "7")
 
 
 @pytest.mark.parametrize(("path", "expected"), [("/-/healthz", (503, b"not yet")), ("/own", (500, b"own text"))])

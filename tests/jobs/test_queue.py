@@ -203,7 +203,7 @@ class Waiting:
     def reject(self, caller: str) -> float:
         return self.estimator.promise(self.bound, caller, lambda num_before: 10.0 * (num_before + 1))
 
-    def kept(self, caller: str) -> int:
+    def count_kept(self, caller: str) -> int:
         return self.estimator.count_kept(self.bound, caller)
 
 
@@ -211,15 +211,15 @@ def test_a_place_is_kept_for_a_caller_who_comes_back_as_told(monkeypatch: pytest
     waiting = Waiting(monkeypatch)
     assert [waiting.reject(caller) for caller in "ab"] == [10.0, 20.0]
     waiting.now_s += 9.0
-    assert [waiting.kept(caller) for caller in "abc"] == [0, 0, 0], "no place is free yet"
+    assert [waiting.count_kept(caller) for caller in "abc"] == [0, 0, 0], "no place is free yet"
     waiting.now_s += 1.5
-    assert [waiting.kept(caller) for caller in "abc"] == [0, 1, 1]
+    assert [waiting.count_kept(caller) for caller in "abc"] == [0, 1, 1]
     waiting.estimator.fulfil("a")
-    assert waiting.kept("c") == 0
+    assert waiting.count_kept("c") == 0
     waiting.now_s += 10.0
-    assert [waiting.kept(caller) for caller in "bc"] == [0, 1]
+    assert [waiting.count_kept(caller) for caller in "bc"] == [0, 1]
     waiting.now_s += 6.0
-    assert waiting.kept("c") == 0, "b has not come"
+    assert waiting.count_kept("c") == 0, "b has not come"
 
 
 def test_callers_with_the_same_request_each_have_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +227,9 @@ def test_callers_with_the_same_request_each_have_a_place(monkeypatch: pytest.Mon
     assert [waiting.reject("a") for _ in range(3)] == [10.0, 20.0, 30.0]
     for _ in range(3):
         waiting.now_s += 10.0
-        assert (waiting.kept("a"), waiting.kept("other")) == (0, 1)
+        assert (waiting.count_kept("a"), waiting.count_kept("other")) == (0, 1)
         waiting.estimator.fulfil("a")
-        assert waiting.kept("other") == 0
+        assert waiting.count_kept("other") == 0
 
 
 def test_a_caller_whose_place_was_not_free_after_all_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_a_caller_whose_place_was_not_free_after_all_is_told_again(monkeypatch: 
     waiting.reject("a")
     waiting.now_s += 10.0
     assert waiting.reject("a") == 10.0
-    assert waiting.kept("other") == 0
+    assert waiting.count_kept("other") == 0
 
 
 def test_a_kept_place_is_not_given_to_another(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

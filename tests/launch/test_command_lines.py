@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments.api import proxy_guard
+from deployments.launch import cli
 from deployments.launch.cli import main
 from tests.graph.serving import environment
 
@@ -32,8 +34,12 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in an empty directory."""
+    """Run the command in an empty directory, which is the user's home as well; leave nothing in the environment."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for name, value in (cli._RAY_ENVIRONMENT | cli._LOCAL_RAY_ENVIRONMENT).items():
+        monkeypatch.setenv(name, value)
 
     def run(*arguments: str) -> Ended:
         try:
@@ -160,3 +166,17 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert done.stderr == "[]\n"
         assert arguments != ["--help"] or all(name in done.stdout for name in commands)
+
+
+def test_an_open_ray_is_refused_unless_told_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for command in (["serve", "--checkpoint", "nowhere"], ["check", "--checkpoint", "nowhere"]):
+        said = only_line(run(*command).stderr)
+        assert said.startswith("error: RAY_AUTH_MODE=disabled lets every user of this machine run code as you."), said
+        assert "nowhere: no such directory" in only_line(run(*command, "--allow-open-ray").stderr)
+
+
+def test_the_callback_of_serves_proxies_is_the_guards() -> None:
+    name, _, value = proxy_guard.CALLBACK_VARIABLE.partition("=")
+    assert cli._LOCAL_RAY_ENVIRONMENT[name] == value
+    assert callable(getattr(proxy_guard, value.rpartition(".")[2]))
