@@ -40,10 +40,13 @@ from deployments.launch.ray_session import (
     StartError,
     can_grow,
     describe_failure,
+    find_daemons,
     is_ray_alive,
     list_nodes,
+    mute_ray,
     ray_session,
     time_limit,
+    wait_while_alive,
 )
 
 _POLL_S = 0.1
@@ -62,7 +65,7 @@ _SIGNAL_S = 0.2
 
 @dataclass
 class StopTimeout:
-    """Seconds to wait for the end of the app, and then of Serve. Both go on stopping after that."""
+    """Seconds to wait for the end of the app, and then of Serve. Both go on stopping after that; 0: Ray has died."""
 
     stop_s: float = _STOP_SOON_S
 
@@ -79,9 +82,15 @@ class RunningApp:
 
     def watch(self) -> None:
         """Block until the app is gone (LostError), or Ctrl-C or SIGTERM comes (KeyboardInterrupt)."""
-        while True:
-            time.sleep(_WATCH_S)
-            _find_application(self.name)
+        daemons = find_daemons()
+        with mute_ray():
+            while True:
+                try:
+                    wait_while_alive(daemons, _WATCH_S)
+                except LostError:
+                    self.stop_timeout.stop_s = 0.0  # nothing answers any more
+                    raise
+                _find_application(self.name)
 
     def drain(self, timeout_s: float, report: Callable[[str], None]) -> None:
         """Refuse new requests and wait for the running ones; raise LostError if Serve no longer answers.
@@ -217,7 +226,7 @@ def _find_remote_head() -> str:
 def _stop(call: Callable[[], None], stop_timeout: StopTimeout) -> None:
     # If the whole process group got the signal, it takes a moment until Ray is seen to end.
     time.sleep(_SIGNAL_S)
-    if not is_ray_alive():
+    if not stop_timeout.stop_s or not is_ray_alive():
         return
     with (
         # Serve's controller exits while it answers, which Ray prints as a failed task.

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ _NODE_GROUP_LABEL = "ray.io/node-group"
 # Marks the environment of processes that are started here.
 _MARK = "COSMOS3_STARTED_BY"
 _GRACE_S = 2.0
+_DAEMON_POLL_S = 0.2
 _POLL_S = 0.05
 
 RAY_FAILURES = (RayError, RayServeException, ConnectionError, TimeoutError, RuntimeError, ValueError, OSError)
@@ -166,6 +167,51 @@ def is_ray_alive() -> bool:
     if endpoint is not None and not _is_listening(endpoint):
         return False
     return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+
+
+_DAEMONS = {
+    "GCS": re.compile(rb"/gcs_server\0"),
+    "raylet": re.compile(rb"/raylet/raylet\0"),
+    "agent": re.compile(rb"^ray::DashboardAgent"),
+}
+
+
+def find_daemons() -> dict[int, str]:
+    """Find the daemons of a Ray that was started here: pid -> kind. None without /proc or :func:`kill_leftovers`."""
+    found = {}
+    for pid in _find_marked(os.environ.get(_MARK, "")):
+        command = _read_bytes(Path(f"/proc/{pid}/cmdline"))
+        for kind, pattern in _DAEMONS.items():
+            if pattern.search(command):
+                found[pid] = kind
+    return found
+
+
+def wait_while_alive(daemons: Mapping[int, str], seconds: float) -> None:
+    """Wait; raise LostError as soon as a daemon has ended: Ray itself is sure of it only after a while."""
+    deadline_s = time.monotonic() + seconds
+    while time.monotonic() < deadline_s:
+        for pid, kind in daemons.items():
+            # One that was killed stays a zombie until this process waits for it, without a command line.
+            if not _read_bytes(Path(f"/proc/{pid}/cmdline")):
+                raise LostError(
+                    f"Ray's {kind}, process {pid}, has died, and the app with it; jobs go on at the next start"
+                )
+        time.sleep(_DAEMON_POLL_S)
+
+
+@contextmanager
+def mute_ray() -> Iterator[None]:
+    """Keep Ray from printing in this process: the end of a dead daemon's log, and errors of its own threads."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ SERVED = {
     "clip streams": r"ray::ClipStreams",
     "Serve's controller": r"ray::ServeController",
 }
-RAYS = {"GCS": r"/gcs_server", "raylet": r"/raylet/raylet ", "agent": r"ray::DashboardAgent|dashboard/agent\.py"}
+RAYS = {"GCS": r"/gcs_server ", "raylet": r"/raylet/raylet ", "agent": r"^ray::DashboardAgent"}
 _CLIP: dict[str, Any] = {"prompt": "A car.", "num_frames": 9, "height": 64, "width": 96, "num_inference_steps": 4}
 _NUM_CLIENTS, _NUM_WAITING = 3, 10
 _LIMIT_S = 300.0
