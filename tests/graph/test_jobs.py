@@ -94,6 +94,7 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
     for _, kind, data in events_of(http, job_id):
         if kind == "step" and data["step"] > steps // 2:
             break
+    assert eventually((app.config.media.directory / job_id / "checkpoint").exists)
     (pid,) = replica_pids(app.name, "Director")
     os.kill(pid, signal.SIGKILL)
     job = wait_for_end(http, job_id)
@@ -102,7 +103,7 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
     began = [index for index, (kind, _) in enumerate(events) if kind == "started"]
     assert len(began) == 2
     again = next(data["step"] for kind, data in events[began[1] :] if kind == "step")
-    assert again > steps // 8, "it did not begin anew"
+    assert again > 1, "it did not begin anew"
     request = GenerationRequest(**{**LONG, "num_inference_steps": steps, "num_frames": 9}, seed=5)
     assert job["frames_sha256"] == reference(request).frames_sha256
 
