@@ -29,7 +29,6 @@ _RENEWALS_PER_LEASE = 4
 _PATIENCE_LEASES = 2
 # Between two renewals while jobs run: this is how an owner's cancellation is noticed.
 _CANCEL_POLL_S = 0.5
-_SHORTEST_TRY_S = 0.1
 
 
 class StopReason(StrEnum):
@@ -123,12 +122,11 @@ class LeaseKeeper:
             await asyncio.sleep(min(period_s, _CANCEL_POLL_S if self._claimed else self._lease_s))
             claimed = dict(self._claimed)
             start_s = time.monotonic()
-            limit_s = max(renewed_s + self._patience_s - start_s, _SHORTEST_TRY_S)
             try:
-                lost, cancelling = await self._renew(list(claimed.values()), limit_s)
-            except Exception as error:  # noqa: BLE001 - too late, or an error of the database: the runner reports it
+                lost, cancelling = await self._renew(list(claimed.values()), renewed_s)
+            except Exception as error:  # noqa: BLE001 - an error of the database: the runner reports it
                 self._on_failure(error)
-                self._give_up_expired(list(claimed.values()), renewed_s)
+                self._give_up_expired(renewed_s)
                 continue
             renewed_s = start_s
             for job_id in lost:
@@ -136,16 +134,23 @@ class LeaseKeeper:
             for job_id in cancelling:
                 claimed[job_id].stop(StopReason.CANCELLED)
 
-    async def _renew(self, claimed: Sequence[ClaimedJob], limit_s: float) -> tuple[set[str], set[str]]:
-        """Return the ids of jobs that are lost, and of those that were cancelled."""
+    async def _renew(self, claimed: Sequence[ClaimedJob], renewed_s: float) -> tuple[set[str], set[str]]:
+        """Return the ids of jobs that are lost, and of those that were cancelled.
+
+        Waits for the database however long it takes, as another try would wait behind this one; stops jobs meanwhile.
+        """
         leases = [Lease(each.job.job_id, each.job.lease) for each in claimed]
         loop = asyncio.get_running_loop()
         renewing = loop.run_in_executor(self._thread, self._store.renew, self._runner_id, leases, self._lease_s)
-        async with asyncio.timeout(limit_s):
-            return await asyncio.shield(renewing)
+        wait_s = max(renewed_s + self._patience_s - time.monotonic(), _CANCEL_POLL_S)
+        while not (await asyncio.wait({renewing}, timeout=wait_s))[0]:
+            self._on_failure(TimeoutError())
+            self._give_up_expired(renewed_s)
+            wait_s = self._patience_s
+        return renewing.result()
 
-    def _give_up_expired(self, claimed: Sequence[ClaimedJob], renewed_s: float) -> None:
+    def _give_up_expired(self, renewed_s: float) -> None:
         """Stop jobs that another runner may have taken over: they must not run twice for long."""
-        for each in claimed:
+        for each in list(self._claimed.values()):
             if time.monotonic() - max(renewed_s, each.claimed_s) > self._patience_s:
                 each.stop(StopReason.DATABASE_AWAY)

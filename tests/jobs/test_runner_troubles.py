@@ -202,10 +202,43 @@ def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: py
 
 def test_a_fresh_claim_survives_earlier_failed_renewals() -> None:
     old, fresh = (ClaimedJob(Job(**vars(new_job()))) for _ in range(2))
-    leases = LeaseKeeper(MagicMock(), "runner", 20.0, {}, lambda _: None)
+    leases = LeaseKeeper(MagicMock(), "runner", 20.0, {"old": old, "fresh": fresh}, lambda _: None)
     old.claimed_s -= 41
-    leases._give_up_expired([old, fresh], renewed_s=old.claimed_s)
+    leases._give_up_expired(renewed_s=old.claimed_s)
     assert (old.stop_reason, fresh.stop_reason) == (StopReason.DATABASE_AWAY, None)
+
+
+def test_a_renewal_that_takes_long_is_waited_for_and_the_next_one_counts() -> None:
+    """A busy machine: another try would wait behind the first, and be as late."""
+    num_calls, failures = 0, []
+    answer = threading.Event()
+
+    def renew(*_: Any) -> tuple[set[str], set[str]]:
+        nonlocal num_calls
+        num_calls += 1
+        assert answer.wait(DEADLINE_S)
+        return set(), set()
+
+    async def body() -> None:
+        claimed = {"a": ClaimedJob(Job(**vars(new_job())))}
+        keeper = LeaseKeeper(MagicMock(renew=renew), "runner", 0.2, claimed, failures.append)
+        keeping = asyncio.ensure_future(keeper.renew_forever())
+        async with asyncio.timeout(DEADLINE_S):
+            while claimed["a"].stop_reason is None:
+                await asyncio.sleep(0.01)
+        assert claimed["a"].stop_reason is StopReason.DATABASE_AWAY
+        assert num_calls == 1
+        assert isinstance(failures[0], TimeoutError)
+        answer.set()
+        while num_calls < 3:
+            await asyncio.sleep(0.01)
+        failures.clear()
+        claimed["b"] = ClaimedJob(Job(**vars(new_job())))
+        await asyncio.sleep(1.0)
+        assert (claimed["b"].stop_reason, failures) == (None, [])
+        keeping.cancel()
+
+    asyncio.run(body())
 
 
 def test_an_illegal_transition_is_not_retried(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
