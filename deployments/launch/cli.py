@@ -44,11 +44,15 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # else Serve's threads start another Ray after ours has shut down
 }
-# For a Ray that is started for this machine alone. Serve's own periods are for web pages behind a balancer.
+# For a Ray that is started for this machine alone. Serve's own periods are for web pages behind a balancer, and without
+# the last three an idle app takes a third more of a processor.
 _LOCAL_RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name, what makes Ray listen on loopback only
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.api.proxy_guard.make_middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three in a row, 30 s by default, until a dead proxy is replaced
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # 0.1 by default
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # 100 by default, in each replica
+    "RAY_task_events_report_interval_ms": "0",  # nothing here shows them, and Ray's head would keep them
 }
 _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Flags of `serve` that are keys of the configuration: flag -> key, placeholder, help.

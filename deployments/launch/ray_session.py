@@ -42,7 +42,7 @@ _NODE_GROUP_LABEL = "ray.io/node-group"
 # Marks the environment of processes that are started here.
 _MARK = "COSMOS3_STARTED_BY"
 _GRACE_S = 2.0
-_DAEMON_POLL_S = 0.2
+_DAEMON_POLL_S = 0.5
 _POLL_S = 0.05
 
 RAY_FAILURES = (RayError, RayServeException, ConnectionError, TimeoutError, RuntimeError, ValueError, OSError)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from deployments.launch import cli
 from tests.app.director_client import connect
 from tests.app.in_process import app_config
 from tests.core_reference import reference  # noqa: F401  fixtures
@@ -27,7 +28,8 @@ os.environ |= {
     # Ray's workers would run at lower priority than, say, other tests.
     "RAY_worker_niceness": "0",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.api.proxy_guard.make_middlewares",
+    # As `cosmos3 serve` has it, but for the loopback: some tests add nodes.
+    **{name: value for name, value in cli._LOCAL_RAY_ENVIRONMENT.items() if not name.startswith("RAY_ENABLE")},
 }
 
 REPOSITORY = Path(__file__).parents[2]
