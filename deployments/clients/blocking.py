@@ -233,9 +233,10 @@ class BlockingIterator(Generic[_T], Iterator[_T]):
     """An asynchronous generator as an iterator and context manager, which owns it: closing or dropping ends it."""
 
     def __init__(self, thread: LoopThread, items: _AsyncIterator[_T]) -> None:
-        self._thread = thread
-        # Its loop closes a dropped generator: ``__del__`` must not wait for that.
+        # Its loop closes a dropped generator: ``__del__`` must not wait for that. Attributes are dropped in this order,
+        # so the loop still runs then.
         self._items = items
+        self._thread = thread
 
     def __next__(self) -> _T:
         async def advance() -> _T:

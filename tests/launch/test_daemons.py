@@ -28,12 +28,12 @@ def environment() -> Iterator[MutableMapping[str, str]]:
 
 
 def _start(command: str) -> subprocess.Popen[bytes]:
-    code = "import sys; print(flush=True); sys.stdin.read()"
-    process = subprocess.Popen(
-        [command, "-c", code], executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    """Start a process that waits, under a name of its own."""
+    waiting = "import sys; print(flush=True); sys.stdin.read()"
+    renaming = f"import os, sys; os.execv(sys.executable, [{command!r}, '-c', {waiting!r}])"
+    process = subprocess.Popen([sys.executable, "-c", renaming], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
-    process.stdout.readline()  # it runs, under its own name
+    process.stdout.readline()
     return process
 
 

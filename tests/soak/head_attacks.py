@@ -134,7 +134,7 @@ class Watch:
                 self.seconds.append(time.monotonic() - begun_s)
 
     @contextmanager
-    def watching(self, title: str) -> Iterator[None]:
+    def observe(self, title: str) -> Iterator[None]:
         """Watch during the block, and print what was seen a while after it."""
         url = self.app.url()
         self.before, self.peak = self.read_memory(), {}
@@ -177,13 +177,13 @@ def main() -> None:
         parts = urllib.parse.urlsplit(url)
         address = (str(parts.hostname), int(parts.port or 80))
         watch = Watch(app)
-        with watch.watching("heads"), ThreadPoolExecutor(_AT_ONCE) as pool:
+        with watch.observe("heads"), ThreadPoolExecutor(_AT_ONCE) as pool:
             kinds = list(_ATTACKS) * _NUM_OF_EACH
             outcomes = list(pool.map(lambda kind: attack(address, kind), kinds))
         for kind in _ATTACKS:
             counted = Counter(outcome for known, outcome in zip(kinds, outcomes, strict=True) if known == kind)
             print(f"{kind:<30} {dict(counted)}")
-        with watch.watching("six bodies of 100 MB"), ThreadPoolExecutor(6) as pool:
+        with watch.observe("six bodies of 100 MB"), ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda _: send_body(url, 100_000_000), range(6)))
         print(f"answers: {dict(Counter(answers))}", flush=True)
 

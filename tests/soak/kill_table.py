@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx2
 
-from tests.soak.load import CLIP, LIMIT_S, find_pids, loaded, start
+from tests.soak.load import CLIP, LIMIT_S, find_pids, keep_busy, start
 
 # Kind -> pattern of its processes' command lines.
 SERVED = {
@@ -37,7 +37,7 @@ _NUM_WAITING = 10
 
 def kill_served(directory: Path, checkpoint: str, kinds: list[str]) -> None:
     """Kill one process of each kind of one app, under load."""
-    with start(directory, checkpoint) as app, loaded(app.url()) as load:
+    with start(directory, checkpoint) as app, keep_busy(app.url()) as load:
         for kind in kinds:
             num_before, lost_before = len(load.ended), load.num_lost
             killed_s = time.monotonic()

@@ -86,7 +86,7 @@ def start(directory: Path, checkpoint: str, settings: Mapping[str, object] = Map
 
 
 @contextmanager
-def loaded(url: str) -> Iterator[Load]:
+def keep_busy(url: str) -> Iterator[Load]:
     """Keep clients submitting jobs for the block, which begins once the first is completed."""
     load = Load(url)
     with ExitStack() as stack:

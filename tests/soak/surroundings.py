@@ -18,14 +18,14 @@ from pathlib import Path
 
 import httpx2
 
-from tests.soak.load import LIMIT_S, Load, loaded, start
+from tests.soak.load import LIMIT_S, Load, keep_busy, start
 
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 _MEDIA_SIZE = "64m"
 
 
 @contextmanager
-def full_disk(directory: Path) -> Iterator[None]:
+def fill_disk(directory: Path) -> Iterator[None]:
     """Fill the file system of the media."""
     filler = directory / "media" / "filler"
     try:
@@ -41,7 +41,7 @@ def full_disk(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def read_only(directory: Path) -> Iterator[None]:
+def make_read_only(directory: Path) -> Iterator[None]:
     """Make the file system of the media read-only, as soon as no file is being written."""
     while subprocess.run(["mount", "-o", "remount,ro", directory / "media"], capture_output=True).returncode:
         time.sleep(0.01)
@@ -52,7 +52,7 @@ def read_only(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_database(directory: Path) -> Iterator[None]:
+def lock_database(directory: Path) -> Iterator[None]:
     """Hold SQLite's lock."""
     with closing(sqlite3.connect(directory / "jobs.sqlite3", timeout=60, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
@@ -63,7 +63,7 @@ def locked_database(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def archive_away(directory: Path) -> Iterator[None]:
+def hide_archive(directory: Path) -> Iterator[None]:
     """Hide the archive behind a directory without files, to which nothing can be written."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", directory / "archive"], check=True)
     try:
@@ -73,7 +73,7 @@ def archive_away(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def shifted_clock(directory: Path, shift: str) -> Iterator[None]:
+def shift_clock(directory: Path, shift: str) -> Iterator[None]:
     """Set the clock of the app's processes by so many seconds."""
     (directory / "clock").write_text(shift)
     try:
@@ -84,14 +84,14 @@ def shifted_clock(directory: Path, shift: str) -> Iterator[None]:
 
 # Seconds that each lasts.
 FAULTS = {
-    "full disk": (full_disk, 60),
-    "read-only disk": (read_only, 60),
-    "locked database": (locked_database, 120),
-    "archive away": (archive_away, 60),
+    "full disk": (fill_disk, 60),
+    "read-only disk": (make_read_only, 60),
+    "locked database": (lock_database, 120),
+    "archive away": (hide_archive, 60),
 }
 CLOCKS = {
-    "clock back": (partial(shifted_clock, shift="-3600"), 60),
-    "clock forth": (partial(shifted_clock, shift="+3600"), 60),
+    "clock back": (partial(shift_clock, shift="-3600"), 60),
+    "clock forth": (partial(shift_clock, shift="+3600"), 60),
 }
 
 
@@ -137,7 +137,7 @@ def try_faults(directory: Path, checkpoint: str, kinds: list[str], variables: di
             stack.callback(subprocess.run, ["umount", "--lazy", directory / name], check=True)
         app = stack.enter_context(start(directory, checkpoint, settings, variables=variables))
         url = app.url()
-        with loaded(url) as load:
+        with keep_busy(url) as load:
             for kind in kinds:
                 try_fault(directory, url, load, kind)
         states = [state for _, _, state in load.ended.values()]
