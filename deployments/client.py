@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import AppNotFound
@@ -42,6 +43,9 @@ __all__ = [
     "connect",
     "connect_async",
 ]
+
+
+_LOOPBACK, _LOOPBACK_S = ("127.0.0.1", "::1", "localhost"), 1.0
 
 
 def connect(
@@ -83,6 +87,7 @@ def _find_director(app_name: str) -> Any:
 
     try:
         if not ray.is_initialized():
+            _allow_loopback()
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
         return serve.get_deployment_handle("Director", app_name=app_name)
     except ConnectionError as error:
@@ -91,3 +96,21 @@ def _find_director(app_name: str) -> Any:
         address = ray.get_runtime_context().gcs_address
         hint = "set RAY_ADDRESS, and what else `cosmos3 serve` printed, to reach another one"
         raise AppNotFound(f"no app {app_name!r} runs in the Ray cluster at {address}; {hint}: {error}") from None
+
+
+def _allow_loopback() -> None:
+    """Let this process join a Ray that listens on loopback alone, as that of ``cosmos3 serve`` does.
+
+    Ray itself would look for it at this machine's other address, and give up after minutes. Its own setting is
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which has to be there before it is imported.
+    """
+    import ray
+    from ray._private import ray_constants, services
+
+    host, _, port = services.get_ray_address_from_environment("auto", None).rpartition(":")
+    if host.strip("[]") not in _LOOPBACK or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=_LOOPBACK_S).close()
+    except OSError:
+        ray_constants.ENABLE_RAY_CLUSTER = False
