@@ -51,10 +51,8 @@ def app_served(command: str, folder: Path) -> Iterator[App]:
         port = int(probe.getsockname()[1])
     said = folder / "serve.txt"
     with said.open("w") as output:
-        # Ray's workers would run at lower priority than other tests.
-        environment = {**os.environ, "RAY_worker_niceness": "0"}
         arguments = [*_here(command, port).split(), "--port", str(port)]
-        server = subprocess.Popen(arguments, cwd=folder, env=environment, stdout=output, stderr=output)
+        server = subprocess.Popen(arguments, cwd=folder, env=_make_environment(), stdout=output, stderr=output)
     try:
         _await_ready(port, server)
         yield App(port, said)
@@ -90,13 +88,19 @@ def run_blocks(blocks: Iterable[Block], folder: Path, app: App | None = None) ->
             continue
         code = _here(block.code, 8000 if app is None else app.port)
         command = ["bash", "-euo", "pipefail", "-c", code] if block.kind == "bash" else [sys.executable, "-c", code]
-        environment = dict(os.environ)
+        environment = _make_environment()
         if block.kind == "python" and "connect()" in code and app is not None:
             environment |= app.environment()
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_BLOCK_S, check=False
         )
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+
+
+def _make_environment() -> dict[str, str]:
+    """Return the environment of a user, without other tests' settings for Ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "RAY_worker_niceness": "0"}  # Ray's workers would run at lower priority than other tests
 
 
 def _here(code: str, port: int) -> str:
