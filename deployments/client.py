@@ -13,7 +13,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import AppNotFound
@@ -45,7 +49,9 @@ __all__ = [
 ]
 
 
-_LOOPBACK, _LOOPBACK_S = ("127.0.0.1", "::1", "localhost"), 1.0
+# Despite its name, with 0 it makes Ray take loopback for this machine's address.
+_LOOPBACK_SETTING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_LOOPBACK, _PROBE_S = ("127.0.0.1", "[::1]", "localhost"), 1.0
 
 
 def connect(
@@ -74,7 +80,10 @@ async def connect_async(
 
 
 def _make_transport(app_name: str, timeout_s: float) -> HandleTransport:
-    from deployments.clients.handle_transport import HandleTransport
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        _allow_loopback()
+    from deployments.clients.handle_transport import HandleTransport  # imports ray
 
     timeout_s = checks.real("timeout_s", timeout_s, 0, LONGEST_S)
     return HandleTransport(_find_director(app_name), timeout_s)
@@ -87,7 +96,6 @@ def _find_director(app_name: str) -> Any:
 
     try:
         if not ray.is_initialized():
-            _allow_loopback()
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
         return serve.get_deployment_handle("Director", app_name=app_name)
     except ConnectionError as error:
@@ -101,16 +109,29 @@ def _find_director(app_name: str) -> Any:
 def _allow_loopback() -> None:
     """Let this process join a Ray that listens on loopback alone, as that of ``cosmos3 serve`` does.
 
-    Ray itself would look for it at this machine's other address, and give up after minutes. Its own setting is
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which has to be there before it is imported.
+    Ray itself would look for it at this machine's other address, and give up after minutes. Raise AppNotFound if it is
+    too late for the setting, which Ray reads when it is imported.
     """
-    import ray
-    from ray._private import ray_constants, services
-
-    host, _, port = services.get_ray_address_from_environment("auto", None).rpartition(":")
-    if host.strip("[]") not in _LOOPBACK or not port.isdecimal():
+    host, _, port = _find_address().rpartition(":")
+    if host not in _LOOPBACK or not port.isdecimal() or os.environ.get(_LOOPBACK_SETTING) == "0":
         return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses the address that others reach this machine at
+        with socket.create_connection((probe.getsockname()[0], int(port)), timeout=_PROBE_S):
+            return  # it listens there as well
+    if "ray" in sys.modules:
+        raise AppNotFound(
+            f"the Ray at {host}:{port} listens on loopback alone: set {_LOOPBACK_SETTING}=0 before ray is imported, or "
+            "import ray after connect()"
+        )
+    os.environ[_LOOPBACK_SETTING] = "0"
+
+
+def _find_address() -> str:
+    """Return the address of the Ray that ``ray.init("auto")`` joins; "" if it is not known."""
+    if (address := os.environ.get("RAY_ADDRESS", "auto")) not in ("", "auto"):
+        return address
     try:
-        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=_LOOPBACK_S).close()
+        return Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text().strip()
     except OSError:
-        ray_constants.ENABLE_RAY_CLUSTER = False
+        return ""
