@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ __all__ = [
 
 # Despite its name, with 0 it makes Ray take loopback for this machine's address.
 _LOOPBACK_SETTING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_RAYLET = re.compile(rb"/raylet/raylet\0(?:.*\0)?--gcs-address=([^\0]+)")
 _LOOPBACK, _PROBE_S = ("127.0.0.1", "[::1]", "localhost"), 1.0
 
 
@@ -128,10 +130,12 @@ def _allow_loopback() -> None:
 
 
 def _find_address() -> str:
-    """Return the address of the Ray that ``ray.init("auto")`` joins; "" if it is not known."""
+    """Return the address of the Ray that ``ray.init("auto")`` joins; "" if it is not known, or there are several."""
     if (address := os.environ.get("RAY_ADDRESS", "auto")) not in ("", "auto"):
         return address
-    try:
-        return Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text().strip()
-    except OSError:
-        return ""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            if match := _RAYLET.search(path.read_bytes()):
+                found.add(match[1].decode())
+    return found.pop() if len(found) == 1 else ""

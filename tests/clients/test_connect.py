@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 
@@ -17,12 +19,13 @@ SETTING = client._LOOPBACK_SETTING
 
 
 @pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "ray")
     monkeypatch.setenv(SETTING, "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    # Other tests' Rays run on this machine as well.
+    monkeypatch.setattr(client, "_RAYLET", re.compile(rb"/raylet-of-this-test\0(?:.*\0)?--gcs-address=([^\0]+)"))
 
 
 @pytest.fixture(params=["127.0.0.1", "0.0.0.0"])
@@ -42,19 +45,22 @@ def _has_another_address() -> bool:
         return not str(probe.getsockname()[0]).startswith("127.")
 
 
-@pytest.mark.parametrize("is_in_file", [False, True], ids=["named", "this machine's"])
+@pytest.mark.parametrize("is_running", [False, True], ids=["named", "this machine's"])
 def test_only_a_ray_on_loopback_alone_needs_the_setting(
-    is_in_file: bool, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    is_running: bool, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host, port = listener.getsockname()
     if host == "0.0.0.0" and not _has_another_address():
         pytest.skip("this machine has no other address")
-    if is_in_file:
-        (tmp_path / "ray").mkdir()
-        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}\n")
-    else:
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    client._allow_loopback()
+    address = f"127.0.0.1:{port}"
+    with ExitStack() as stack:
+        if is_running:
+            waiting = [sys.executable, "-c", "input()", "/raylet-of-this-test", f"--gcs-address={address}"]
+            raylet = stack.enter_context(subprocess.Popen(waiting, stdin=subprocess.PIPE))
+            stack.callback(raylet.kill)
+        else:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        client._allow_loopback()
     assert os.environ[SETTING] == ("0" if host == "127.0.0.1" else "1")
 
 
