@@ -39,6 +39,7 @@ from deployments.launch.ray_session import (
     Placement,
     StartError,
     can_grow,
+    describe_death,
     describe_failure,
     find_daemons,
     is_ray_alive,
@@ -87,10 +88,12 @@ class RunningApp:
             while True:
                 try:
                     wait_while_alive(daemons, _WATCH_S)
+                    _find_application(self.name)
                 except LostError:
-                    self.stop_timeout.stop_s = 0.0  # nothing answers any more
+                    if death := describe_death(daemons):
+                        self.stop_timeout.stop_s = 0.0  # nothing answers any more
+                        raise LostError(death) from None
                     raise
-                _find_application(self.name)
 
     def drain(self, timeout_s: float, report: Callable[[str], None]) -> None:
         """Refuse new requests and wait for the running ones; raise LostError if Serve no longer answers.

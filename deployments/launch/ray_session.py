@@ -187,16 +187,21 @@ def find_daemons() -> dict[int, str]:
     return found
 
 
+def describe_death(daemons: Mapping[int, str]) -> str:
+    """Describe which daemon has died; "" if none has."""
+    for pid, kind in daemons.items():
+        # One that was killed stays a zombie until this process waits for it, without a command line.
+        if not _read_bytes(Path(f"/proc/{pid}/cmdline")):
+            return f"Ray's {kind}, process {pid}, has died, and the app with it; jobs go on at the next start"
+    return ""
+
+
 def wait_while_alive(daemons: Mapping[int, str], seconds: float) -> None:
-    """Wait; raise LostError as soon as a daemon has ended: Ray itself is sure of it only after a while."""
+    """Wait; raise LostError as soon as a daemon has died: Ray itself is sure of it only after a while."""
     deadline_s = time.monotonic() + seconds
     while time.monotonic() < deadline_s:
-        for pid, kind in daemons.items():
-            # One that was killed stays a zombie until this process waits for it, without a command line.
-            if not _read_bytes(Path(f"/proc/{pid}/cmdline")):
-                raise LostError(
-                    f"Ray's {kind}, process {pid}, has died, and the app with it; jobs go on at the next start"
-                )
+        if death := describe_death(daemons):
+            raise LostError(death)
         time.sleep(_DAEMON_POLL_S)
 
 
