@@ -179,10 +179,12 @@ _DAEMONS = {
 def find_daemons() -> dict[int, str]:
     """Find the daemons of a Ray that was started here: pid -> kind. None without /proc or :func:`kill_leftovers`."""
     found = {}
-    for pid in _find_marked(os.environ.get(_MARK, "")):
-        command = _read_bytes(Path(f"/proc/{pid}/cmdline"))
+    marked = set(_find_marked(os.environ.get(_MARK, "")))
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        pid, command = int(path.parent.name), _read_bytes(path)
         for kind, pattern in _DAEMONS.items():
-            if pattern.search(command):
+            # The agent's title overwrites its environment: it is a child of the raylet.
+            if pattern.search(command) and not marked.isdisjoint((pid, _read_parent(pid))):
                 found[pid] = kind
     return found
 
@@ -351,6 +353,12 @@ def _find_marked(mark: str) -> list[int]:
         if entry in _read_bytes(path).split(b"\0"):
             pids.append(int(path.parent.name))
     return pids
+
+
+def _read_parent(pid: int) -> int:
+    """Return the id of a process's parent; 0 if the process has ended."""
+    match = re.search(rb"^PPid:\t(\d+)", _read_bytes(Path(f"/proc/{pid}/status")), re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _read_bytes(path: Path) -> bytes:

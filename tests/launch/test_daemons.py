@@ -14,10 +14,15 @@ from pathlib import Path
 import pytest
 
 from deployments.launch.ray_session import LostError, find_daemons, kill_leftovers, mute_ray, wait_while_alive
+from tests.settling import eventually
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are found in /proc")
 
-_COMMANDS = {"GCS": "/ray/core/src/ray/gcs/gcs_server", "raylet": "/ray/core/src/ray/raylet/raylet"}
+_COMMANDS = {
+    "GCS": "/ray/core/src/ray/gcs/gcs_server",
+    "raylet": "/ray/core/src/ray/raylet/raylet",
+    "agent": "ray::DashboardAgent",
+}
 _WAIT_S = 60.0
 
 
@@ -45,6 +50,20 @@ def test_daemons_are_found_by_their_names_among_what_was_started_here(environmen
         process.kill()
         process.communicate()
     assert find_daemons() == {}
+
+
+def test_an_agent_whose_title_has_overwritten_its_environment_is_its_raylets_child(
+    environment: MutableMapping[str, str],
+) -> None:
+    naming = f"os.execve({sys.executable!r}, ['ray::DashboardAgent', '-c', 'input()'], {{}})"
+    starting = f"import os, sys; os.fork() or {naming}; print(flush=True); sys.stdin.read()"
+    renaming = f"import os, sys; os.execv(sys.executable, ['/raylet/raylet', '-c', {starting!r}])"
+    with subprocess.Popen([sys.executable, "-c", renaming], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as raylet:
+        assert raylet.stdout is not None
+        raylet.stdout.readline()
+        assert eventually(lambda: sorted(find_daemons().values()) == ["agent", "raylet"], _WAIT_S)
+        for pid in find_daemons():
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_the_wait_ends_with_the_first_daemon_that_dies(environment: MutableMapping[str, str]) -> None:

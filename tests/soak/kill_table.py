@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx2
 
+from tests.graph.serving import Serving
 from tests.soak.load import CLIP, LIMIT_S, find_pids, keep_busy, start
 
 # Kind -> pattern of its processes' command lines.
@@ -31,7 +32,8 @@ SERVED = {
     "clip streams": r"ray::ClipStreams",
     "Serve's controller": r"ray::ServeController",
 }
-RAYS = {"GCS": r"/gcs_server ", "raylet": r"/raylet/raylet ", "agent": r"^ray::DashboardAgent"}
+RAYS = {"GCS": r"/gcs_server ", "raylet": r"/raylet/raylet "}
+_AGENT = "agent"
 _NUM_WAITING = 10
 
 
@@ -48,13 +50,23 @@ def kill_served(directory: Path, checkpoint: str, kinds: list[str]) -> None:
             print(f"{kind:<20} next file after {seconds:5.1f} s, {jobs}", flush=True)
 
 
+def find_daemon(app: Serving, kind: str) -> int:
+    """Find a daemon of the app's Ray."""
+    if kind != _AGENT:
+        return find_pids(app, RAYS[kind])[0]
+    raylet = find_daemon(app, "raylet")
+    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+    # Its title has overwritten its environment.
+    return next(int(pid) for pid in children if b"DashboardAgent" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
 def kill_ray(directory: Path, checkpoint: str, kind: str) -> None:
     """Kill a daemon of Ray while jobs wait, and start the app again."""
     with start(directory, checkpoint) as app, httpx2.Client(base_url=app.url(), timeout=30) as http:
         ids = [http.post("/v1/videos", json=CLIP).json()["id"] for _ in range(_NUM_WAITING)]
         said_before = app.said()
         killed_s = time.monotonic()
-        os.kill(find_pids(app, RAYS[kind])[0], signal.SIGKILL)
+        os.kill(find_daemon(app, kind), signal.SIGKILL)
         app.process.wait(LIMIT_S)
         seconds = time.monotonic() - killed_s
         said = app.said().removeprefix(said_before).strip()
@@ -72,11 +84,11 @@ def main() -> None:
     """Print the table."""
     checkpoint, directory, *kinds = sys.argv[1:]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    chosen = kinds or [*SERVED, *RAYS]
+    chosen = kinds or [*SERVED, *RAYS, _AGENT]
     if served := [kind for kind in chosen if kind in SERVED]:
         kill_served(Path(directory), checkpoint, served)
     for kind in chosen:
-        if kind in RAYS:
+        if kind not in SERVED:
             kill_ray(Path(directory), checkpoint, kind)
 
 
