@@ -1,12 +1,13 @@
 """Take away for a while what an app needs: ``python -m tests.soak.surroundings CHECKPOINT DIRECTORY [FAULT ...]``.
 
 Prints, for each fault, the seconds until /ready says so, the seconds from its end until /ready is 200 again, and how
-many accepted jobs were lost or had a second attempt. Needs root, for file systems of its own; faults of the clock need
-libfaketime.
+many accepted jobs were lost or had a second attempt. Needs root, for file systems of its own. The clock is shifted in
+Python's ``time.time``, in the app's processes.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -18,9 +19,24 @@ from pathlib import Path
 
 import httpx2
 
+from tests.graph.serving import REPOSITORY
 from tests.soak.load import LIMIT_S, Load, keep_busy, start
 
-_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+# Python imports it by its name, sitecustomize, when it starts.
+_CLOCK = """
+import os, time
+
+read, path = time.time, os.environ["COSMOS3_CLOCK"]
+
+def read_shifted():
+    try:
+        with open(path) as file:
+            return read() + float(file.read())
+    except (OSError, ValueError):
+        return read()
+
+time.time = read_shifted
+"""
 _MEDIA_SIZE = "64m"
 
 
@@ -79,7 +95,7 @@ def shift_clock(directory: Path, shift: str) -> Iterator[None]:
     try:
         yield
     finally:
-        (directory / "clock").write_text("+0")
+        (directory / "clock").write_text("0")
 
 
 # Seconds that each lasts.
@@ -91,7 +107,7 @@ FAULTS = {
 }
 CLOCKS = {
     "clock back": (partial(shift_clock, shift="-3600"), 60),
-    "clock forth": (partial(shift_clock, shift="+3600"), 60),
+    "clock forth": (partial(shift_clock, shift="3600"), 60),
 }
 
 
@@ -156,12 +172,9 @@ def main() -> None:
         place.mkdir(parents=True, exist_ok=True)
         variables = {}
         if group is CLOCKS:
-            if not _FAKETIME.exists():
-                print(f"faults of the clock need libfaketime at {_FAKETIME}: not tried", flush=True)
-                continue
-            (place / "clock").write_text("+0")
-            variables = {"LD_PRELOAD": str(_FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(place / "clock")}
-            variables |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_CACHE_DURATION": "1"}
+            (place / "clock").write_text("0")
+            (place / "sitecustomize.py").write_text(_CLOCK)
+            variables = {"COSMOS3_CLOCK": str(place / "clock"), "PYTHONPATH": f"{place}{os.pathsep}{REPOSITORY}"}
         if picked := [kind for kind in chosen if kind in group]:
             try_faults(place, checkpoint, picked, variables)
 
