@@ -52,7 +52,7 @@ _INTERNAL, _STAGE, _SYSTEM = "internal_error", "stage_failed", "system_error"
 
 
 class Blame(StrEnum):
-    """What an error is blamed on: it decides what becomes of the accepted job that it stopped."""
+    """The cause of an error; it decides whether the accepted job that the error stopped ends or is requeued."""
 
     REQUEST = "request"
     """It would fail again: the job ends."""

@@ -1,4 +1,4 @@
-"""What Serve's HTTP proxies run in front of everything: bounds on a request's head, and JSON for Serve's own errors.
+"""Middleware of Serve's HTTP proxies: it bounds the heads of requests, and answers Serve's own errors in JSON.
 
 Serve's server is uvicorn with httptools, which buffers a head of any size before any code sees it. Here uvicorn runs
 with h11, whose buffer is bounded. A front server of our own would add a hop to every request, and Serve's HAProxy mode

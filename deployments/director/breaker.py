@@ -85,7 +85,7 @@ class Breaker:
 
     @property
     def faults(self) -> list[str]:
-        """What does not work, in a few words each."""
+        """The faults that keep jobs from being begun, each as code and reason."""
         return [fault.what for fault in self._faults.values()]
 
     def check(self) -> None:
@@ -113,7 +113,7 @@ class Breaker:
             await asyncio.sleep(_PROBE_S)
             try:
                 await run_in_thread(probe)
-            except Exception:  # noqa: BLE001 - whatever it is, the fault lasts
+            except Exception:  # noqa: BLE001 - a probe that raises anything means that the fault lasts
                 metrics().record(FAULTS, 1, fault.code)
                 continue
             self._close(fault)

@@ -2,7 +2,8 @@
 
 Times in the database are of wall clocks, which are set back and forth, and stand still while a laptop sleeps. They only
 tell who is suspect. A suspect whose time has not changed for a while, as often as it was looked at, is silent: a runner
-that is alive renews its times several times a second. While the database is away nobody is looked at.
+that is alive renews its times several times a second. While the database is away, no time is read and no suspect
+becomes silent.
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ class JobStore:
         """Fail jobs of models other than ``own_model`` that have had no runner for ``silent_s``; return how many."""
         since_s = self._clock() - silent_s
         served = select(RUNNERS.c.model).where(RUNNERS.c.alive_s >= since_s)
-        # The caller's own model is served, whatever its clock has done.
+        # The caller serves its own model, even if a clock that jumped makes its own row look old.
         is_unserved = and_(JOBS.c.model.not_in(served), JOBS.c.model != own_model)
         unserved = (JOBS.c.completed_s.is_(None), JOBS.c.updated_s < since_s, is_unserved)
         with self._database.writing(is_queue=True) as connection:

@@ -1,4 +1,4 @@
-"""Ray's token: whoever has it may run code as this user. Ray itself would write it for all users to read."""
+"""Keeps Ray's token from other users: a process with it runs code as this user, and Ray writes it readable for all."""
 
 from __future__ import annotations
 

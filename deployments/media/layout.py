@@ -80,7 +80,7 @@ BEGUN, ENDED = "begun.json", "ended.json"
 """Records of a try; the second one counts if both are there."""
 
 LIVE_KEPT_S = 300.0
-"""How long a live file stays once its clip is done and nobody reads it; readers touch it twice in that time."""
+"""Seconds that a live file stays after the end of its clip and its last reader; readers touch it twice in that time."""
 
 _Seconds = Annotated[float, Field(ge=0, le=1e18)]
 _MAX_RECORD_BYTES = 1 << 16

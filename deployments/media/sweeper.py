@@ -111,7 +111,7 @@ class _UnknownFolders:
 
 
 def _remove_live_files(objects: Objects, folder: str, now_s: float) -> None:
-    """Remove the files that have grown to finished ones, and that nobody has read for a while."""
+    """Remove the live files of finished clips that no reader has touched for :data:`.layout.LIVE_KEPT_S`."""
     for name in filter(TRY_ID.fullmatch, objects.names(folder)):
         place = f"{folder}/{name}"
         live = [file for file in objects.names(place) if file.startswith("live.")]

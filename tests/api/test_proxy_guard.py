@@ -22,7 +22,7 @@ from tests.settling import eventually
 
 _WAIT_S = 20.0
 _left: list[str] = []
-"""What ended the waits of the path /wait."""
+"""Types of the messages that ended the requests for the path /wait."""
 
 
 async def _serve(scope: Scope, receive: Receive, send: Send) -> None:

@@ -15,7 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaStore
 from deployments.messages import FileStarted, Finished, LatentsReady, RequestContext, StateSaved, Tokenized
 from tests.jobs.making import MODEL
+from tests.jobs.running import make_finished
 from tests.virtual_time import VirtualClock
 
 NUM_JOBS, NUM_STEPS = 12, 4
@@ -239,24 +240,7 @@ class FakePipeline:
             raise
 
     def _make_finished(self) -> Finished:
-        request = self._request
-        return Finished(
-            request_id=self._context.request_id,
-            job_id=self._context.job_id,
-            mode=request.mode,
-            media_id=self._media_id,
-            media_type="video/mp4",
-            num_bytes=32,
-            num_frames=request.num_frames,
-            fps=request.fps,
-            height=request.height,
-            width=request.width,
-            seed=request.seed,
-            frames_sha256="abc",
-            negative_origin="given",
-            notes=(),
-            stage_seconds={"total": 1.0},
-        )
+        return replace(make_finished(self._context, self._request), media_id=self._media_id, num_bytes=32)
 
 
 class World:

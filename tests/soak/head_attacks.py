@@ -99,7 +99,7 @@ def attack(address: tuple[str, int], kind: str) -> str:
 
 @dataclass
 class Watch:
-    """What is seen beside an attack: memory of processes in MiB, seconds of other clients' requests."""
+    """Measurements during an attack: memory of processes in MiB, seconds of other clients' requests."""
 
     app: Serving
     before: dict[str, float] = field(default_factory=dict)
