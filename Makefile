@@ -2,7 +2,7 @@
 # make test       the CPU tests (minutes), on one Ray at most
 # make test-serve those that start most processes: the commands, README's blocks, restarts, gangs of four ranks
 # make test-all   every test this machine can run
-# make soak       long tries under load, each a table: kills, faults of disk, database and clock, attacks, growth
+# make soak       long tries, each a table: schedules of faults, and under load kills, faults, attacks, growth
 # make test-gpu   what needs GPUs, on those that this machine has; without pytest: python -m tests.gpu
 # make lint       ruff and mypy, changing nothing     make format     let ruff rewrite
 # make demo       the whole graph on this machine: a prompt over HTTP becomes demo.mp4, with a tiny random checkpoint
@@ -43,6 +43,7 @@ test-all: env
 
 soak: env
 	test -d outputs/tiny-nano || $(BIN)/cosmos3 tiny-checkpoint outputs/tiny-nano
+	$(BIN)/python -m tests.soak.fault_schedules outputs/tiny-nano outputs/soak/schedules
 	$(BIN)/python -m tests.soak.kill_table outputs/tiny-nano outputs/soak/kills
 	$(BIN)/python -m tests.soak.surroundings outputs/tiny-nano outputs/soak/surroundings
 	$(BIN)/python -m tests.soak.head_attacks outputs/tiny-nano outputs/soak/attacks

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import json
 import re
+import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -43,6 +47,9 @@ _LEAST_BYTES_PER_S = 64 * 1024
 _RETRY_S = 5.0
 _MAX_DIGITS = 18
 _MAX_SHOWN_CHARS = 60
+# Memory of bodies of more bytes goes back to the system, when all that refers to it has ended.
+_LARGE_BYTES = 1 << 20
+_TRIM_AFTER_S = 1.0
 _BRACKETED = re.compile(r"([^\[\]]{1,200})((?:\[[^\[\]]{0,200}\]){1,4})")
 
 
@@ -57,6 +64,8 @@ class MemoryBudget:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.taken_bytes = max_bytes, 0
+        self.large_parse = asyncio.Lock()
+        """Held while a large body is parsed, which no other thread can interrupt: they would follow at once."""
 
     @contextmanager
     def reserve(self) -> Iterator[Reservation]:
@@ -65,7 +74,19 @@ class MemoryBudget:
         try:
             yield reserved
         finally:
+            is_large = reserved.num_bytes > _LARGE_BYTES
             reserved.shrink_to(0)
+            if is_large:
+                trimming = threading.Timer(_TRIM_AFTER_S, _trim_memory)
+                trimming.daemon = True
+                trimming.start()
+
+
+def _trim_memory() -> None:
+    """Give memory of ended requests back to the system; the C library would keep it for the next large body."""
+    gc.collect()  # errors and their frames, which hold bodies, refer to each other
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)
 
 
 class Reservation:
@@ -74,6 +95,10 @@ class Reservation:
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
         self.num_bytes = 0
+
+    def parse_turn(self) -> AbstractAsyncContextManager[None]:
+        """Wait for the large bodies before this one, if it is large, so that other requests run between them."""
+        return self._budget.large_parse if self.num_bytes > _LARGE_BYTES else nullcontext()
 
     def check(self, num_bytes: int) -> None:
         """Raise OverloadedError if so many more bytes cannot be reserved. Reserves none: they have not come yet."""
@@ -130,7 +155,8 @@ async def read_fields(
                 data += chunk
             # In a thread: a large one takes a second.
             if kind == JSON:
-                return await run_in_thread(_parse_json, data)
+                async with reserved.parse_turn():
+                    return await run_in_thread(_parse_json, data)
             return nest_fields(await run_in_thread(_parse_urlencoded, data), lists)
     except TimeoutError:
         behind = f"be at most {_IDLE_S:g} s behind {_LEAST_BYTES_PER_S} bytes a second"

@@ -1,8 +1,9 @@
-"""Middleware of Serve's HTTP proxies: it bounds the heads of requests, and answers Serve's own errors in JSON.
+"""Middleware of Serve's HTTP proxies: it bounds requests in their memory, and answers Serve's own errors in JSON.
 
 Serve's server is uvicorn with httptools, which buffers a head of any size before any code sees it. Here uvicorn runs
 with h11, whose buffer is bounded. A front server of our own would add a hop to every request, and Serve's HAProxy mode
-listens on all interfaces and takes 30 s to stop.
+listens on all interfaces and takes 30 s to stop. Bodies go on to a replica through a queue of Serve's that has no
+bound, and all that lies in it is packed as one message: :class:`_BodyWindow` keeps it short.
 
 Serve calls :func:`make_middlewares` in each proxy, as :data:`CALLBACK_VARIABLE` tells it. The command line sets that
 for the Ray that it starts; nodes of other clusters need it in their environment.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +39,8 @@ MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
 # For the answer to a client that has closed its half of the connection. One that has left looks the same, and its work
 # must stop soon.
 _HALF_CLOSED_S = 5.0
+# Parts of a body that may wait for the replica; uvicorn makes them a few hundred kB large at most.
+_MAX_WAITING_PARTS = 16
 # A mark of the app's own answers: :class:`deployments.api.app.Guard` sets it.
 _OWN_MARK = "x-content-type-options"
 _ROUTES_PATH, _HEALTH_PATH = "/-/routes", "/-/healthz"
@@ -101,7 +105,7 @@ class ProxyGuard:
                 await replaced(scope, receive, send)
 
         try:
-            await self._app(scope, receive, send_json)
+            await self._app(scope, _BodyWindow(receive), send_json)
         except Exception as error:
             if is_started:
                 raise
@@ -109,6 +113,45 @@ class ProxyGuard:
             if is_own_fault:
                 logger.exception("the proxy failed at %s %s", scope["method"], scope["path"])
             await _respond(_LOST if is_own_fault else _NOT_UTF8)(scope, receive, send)
+
+
+class _BodyPart(dict[str, Any]):
+    """A message with a part of a body. It travels as a plain dict; here its end can be noticed."""
+
+    __slots__ = ("__weakref__",)
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
+class _BodyWindow:
+    """Receives a request's body no faster than its replica fetches it, so that a slow one does not fill this process.
+
+    Serve drops a part when the replica has fetched it; nothing else tells. Serve's own time for a request is the
+    deadline of the wait.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._num_waiting = 0
+        self._has_fetched = asyncio.Event()
+
+    async def __call__(self) -> Message:
+        """Return the next message, once there is room for it."""
+        while self._num_waiting > _MAX_WAITING_PARTS:
+            self._has_fetched.clear()
+            await self._has_fetched.wait()
+        message = await self._receive()
+        if message["type"] != "http.request":
+            return message
+        part = _BodyPart(message)
+        self._num_waiting += 1
+        weakref.finalize(part, self._count_fetched)
+        return part
+
+    def _count_fetched(self) -> None:
+        self._num_waiting -= 1
+        self._has_fetched.set()
 
 
 def _replace_serves_error(start: Message) -> JSONResponse | None:

@@ -78,7 +78,7 @@ class ClipPipeline:
             await asyncio.to_thread(media.fail, media_id, summarize_error(error))
             raise
         finally:
-            self.resources.close_later(stream_id)
+            self.resources.close_later(clips, stream_id)
 
     async def _decode_all(self, context: RequestContext, stream_id: str) -> AsyncIterator[Event]:
         """Post all decoders' chunks to the clip's stream, and complete it at the end."""

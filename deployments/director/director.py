@@ -28,7 +28,7 @@ from deployments.director.guardrail_calls import PromptCheck
 from deployments.director.leases import RESTART_S
 from deployments.director.pipeline import Pipeline
 from deployments.director.progress import StageDeadlines
-from deployments.director.resources import ClipCloser, PipelineResources, Previews
+from deployments.director.resources import ClipActors, ClipCloser, PipelineResources, Previews
 from deployments.director.runner import JobRunner
 from deployments.jobs.estimates import CostModel
 from deployments.jobs.job import Job, JobEvent, SubmitOptions, new_job_id
@@ -55,8 +55,8 @@ class Director:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="director"))
         self._config = config
         await asyncio.to_thread(self._open, stages.streaming())
-        make_pipeline = partial(Pipeline.of_job, self._resources)
-        self._runner = JobRunner(self._jobs, self._model.id, config.jobs, self._admission.check, make_pipeline)
+        check = self._admission.check
+        self._runner = JobRunner(self._jobs, self._model.id, config.jobs, check, self._make_pipeline)
         self._maintenance = Maintenance(self._jobs, self._model.id, config.jobs).start()
         self._deadlines = StageDeadlines.of(config)
         self._remixes = asyncio.Semaphore(_MAX_REMIXES)
@@ -81,17 +81,21 @@ class Director:
             config=config.jobs,
             prompt_check=prompt_check,
         )
-        clips = start_clip_streams(max_clips=4 * (config.jobs.max_running_images + config.jobs.max_running_videos))
+        max_clips = 4 * (config.jobs.max_running_images + config.jobs.max_running_videos)
+        self._clip_actors = ClipActors(partial(start_clip_streams, max_clips))
         self._resources = PipelineResources(
             layout=layout,
             stages=stages,
-            clips=clips,
+            clips=self._clip_actors.current,
             media=self._jobs.media,
             config=config.director,
-            close_later=ClipCloser(clips).close_later,
+            close_later=ClipCloser().close_later,
             previews=Previews(stages.vae),
             prompt_check=prompt_check,
         )
+
+    def _make_pipeline(self, *arguments: Any) -> Pipeline:
+        return Pipeline.of_job(replace(self._resources, clips=self._clip_actors.pick()), *arguments)
 
     async def stream(
         self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS, timeout_s: float | None = None
@@ -222,7 +226,7 @@ class Director:
 
     async def num_open_clips(self) -> int:
         """Return the number of clips between decoder and encoder; 0 when idle."""
-        return int(await self._resources.clips.num_open.remote())
+        return int(await self._clip_actors.current.num_open.remote())
 
     def _context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
         """Return the context of a new request, under a fresh job id.

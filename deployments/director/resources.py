@@ -27,6 +27,8 @@ _WAIT_S = 10.0
 # A decoder that could not fit the map at its start may take this long: 2.4 TFLOP, 10 to 20 s on one CPU thread.
 _FIT_S = 600.0
 _CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
+# Clips of one actor, and how many before its last the next one is started: a process takes a second or two.
+_CLIPS_PER_ACTOR, _SPARE_CLIPS = 1_000, 20
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class PipelineResources:
 
     Attributes:
         stages: handles whose calls stream.
-        clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
-        close_later: closes a clip's stream in the background.
+        clips: the :class:`cluster.clip_stream.ClipStreams` actor for the next clip.
+        close_later: takes that actor and a stream's id; closes a clip's stream in the background.
         prompt_check: checks a prompt before the first stage; None without a guardrail.
     """
 
@@ -45,7 +47,7 @@ class PipelineResources:
     clips: Any
     media: MediaStore
     config: DirectorStage
-    close_later: Callable[[str], None]
+    close_later: Callable[[Any, str], None]
     previews: Previews
     prompt_check: PromptCheck | None = None
 
@@ -54,30 +56,52 @@ class PipelineResources:
         return replace(self, stages=replace(self.stages, guardrail=None), prompt_check=None)
 
 
+class ClipActors:
+    """Starts a fresh actor for clips' streams after each thousand clips; the old one ends with its last clip.
+
+    Ray 2.60 keeps 0.7 kB of each reference that has passed through an actor, and of small objects every byte.
+    """
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._start = start
+        self.current = start()
+        self._next: Any = None
+        self._num_left = _CLIPS_PER_ACTOR
+
+    def pick(self) -> Any:
+        """Return the actor for one more clip."""
+        if self._num_left == _SPARE_CLIPS:
+            self._next = self._start()
+        if self._num_left == 0:
+            self.current, self._next, self._num_left = self._next, None, _CLIPS_PER_ACTOR
+        self._num_left -= 1
+        return self.current
+
+
 class ClipCloser:
     """Closes clips' streams in a background task, because calls of a cancelled request may be lost."""
 
-    def __init__(self, clips: Any) -> None:
-        self._clips = clips
-        self._stream_ids: asyncio.Queue[str] = asyncio.Queue()
+    def __init__(self) -> None:
+        self._streams: asyncio.Queue[tuple[Any, str]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
-    def close_later(self, stream_id: str) -> None:
+    def close_later(self, clips: Any, stream_id: str) -> None:
         """Close a clip's stream in the background. Call it in the event loop."""
         if self._task is None:
             self._task = start_task(self._close_streams())
-        self._stream_ids.put_nowait(stream_id)
+        self._streams.put_nowait((clips, stream_id))
 
     async def _close_streams(self) -> None:
         while True:
-            stream_id = await self._stream_ids.get()
+            clips, stream_id = await self._streams.get()
             for _ in range(_CLOSE_TRIES):
                 try:
                     async with asyncio.timeout(_CLOSE_S):
-                        await self._clips.close.remote(stream_id, "the request has ended")
+                        await clips.close.remote(stream_id, "the request has ended")
                     break
                 except Exception:  # noqa: BLE001 - the actor is away for a moment, or dead with all its streams
                     await asyncio.sleep(_CLOSE_PAUSE_S)
+            del clips  # an actor ends when nothing refers to it
 
 
 class Previews:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterable
 from typing import Any
@@ -287,3 +288,37 @@ def test_an_announced_but_unsent_body_holds_no_room() -> None:
         assert room.taken_bytes == 0
         with pytest.raises(OverloadedError):
             held.check(1001)
+
+
+@pytest.mark.parametrize(("num_bytes", "is_trimmed"), [(100_000, False), (2_000_000, True)])
+def test_memory_of_large_bodies_is_given_back(
+    num_bytes: int, is_trimmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr(body_reader, "_TRIM_AFTER_S", 0.0)
+    monkeypatch.setattr(body_reader, "_trim_memory", trimmed.set)
+    read(request_of(JSON, [b'{"a": "', b"a" * num_bytes, b'"}']), max_bytes=4_000_000)
+    assert trimmed.wait(10.0 if is_trimmed else 0.1) == is_trimmed
+
+
+def test_large_bodies_are_parsed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsing, most_at_once = 0, 0
+
+    def parse(data: bytearray) -> dict[str, Any]:
+        nonlocal parsing, most_at_once
+        parsing += 1
+        most_at_once = max(most_at_once, parsing)
+        time.sleep(0.05)
+        parsing -= 1
+        return {}
+
+    async def read_all(budget: MemoryBudget) -> None:
+        async def read_one() -> None:
+            with budget.reserve() as reserved:
+                await read_fields(request_of(JSON, [b" " * 2_000_000]), 4_000_000, reserved)
+
+        await asyncio.gather(*(read_one() for _ in range(3)))
+
+    monkeypatch.setattr(body_reader, "_parse_json", parse)
+    asyncio.run(read_all(MemoryBudget(1 << 30)))
+    assert most_at_once == 1

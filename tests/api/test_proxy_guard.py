@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments.api import proxy_guard
 from deployments.api.proxy_guard import MAX_HEAD_BYTES, MAX_HEADERS, ProxyGuard
@@ -270,3 +271,23 @@ def test_probes_and_the_apps_own_answers_pass(client: Client, path: str, expecte
     client.send(_head(path=path.encode()))
     status, _, body = client.read()
     assert (status, body) == expected
+
+
+def test_a_body_comes_no_faster_than_its_replica_fetches_it() -> None:
+    async def run() -> None:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"a", "more_body": True}
+
+        window, queue = proxy_guard._BodyWindow(receive), []
+        while True:
+            try:
+                queue.append(await asyncio.wait_for(window(), 0.05))
+            except TimeoutError:
+                break
+        assert len(queue) == proxy_guard._MAX_WAITING_PARTS + 1
+        assert pickle.loads(pickle.dumps(queue[0])) == await receive()
+        assert type(pickle.loads(pickle.dumps(queue[0]))) is dict
+        queue.clear()
+        queue.append(await asyncio.wait_for(window(), 10.0))
+
+    asyncio.run(run())

@@ -589,7 +589,9 @@ class Clip:
             clips=SimpleNamespace(**{name: Method(getattr(self.clips, name)) for name in names}),
             media=self.media,  # type: ignore[arg-type]
             config=DirectorStage(chunk_window=2, max_attempts=max_attempts),
-            close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
+            close_later=lambda _, stream_id: asyncio.get_running_loop().create_task(
+                self.clips.close(stream_id, "ended")
+            ),
             previews=None,  # type: ignore[arg-type]
         )
         return ClipPipeline(resources, context(), ClipFormat("mp4", height=4, width=4, fps=24), tuple(decoders))

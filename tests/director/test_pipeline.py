@@ -175,7 +175,9 @@ class FakeStages:
             clips=self,
             media=self.media,  # type: ignore[arg-type]
             config=DirectorStage(chunk_window=2, max_attempts=max_attempts),
-            close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
+            close_later=lambda _, stream_id: asyncio.get_running_loop().create_task(
+                self.clips.close(stream_id, "ended")
+            ),
             previews=None,  # type: ignore[arg-type]
         )
         return Pipeline(resources, resolve(request, layout), RequestContext.new("r", limit_s))

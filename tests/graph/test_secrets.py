@@ -87,12 +87,12 @@ def test_no_answer_log_command_line_or_metric_holds_a_secret(
         assert re.fullmatch(r"c3_\w+_.+", key), added.stderr
         (tmp_path / "key").write_text(key)
         shown = [added.stderr]
-        with serving(tmp_path, "--config", "app.yaml", variables={"HOME": str(home)}) as app:
+        with serving(tmp_path, "--config", "app.yaml", "--num-cpus", "5", variables={"HOME": str(home)}) as app:
             url = app.url()
             token = (home / ".ray" / "auth_token").read_text()
             secrets = {
                 "the key": key,
-                "its secret part": key.rpartition("_")[2],
+                "its secret part": key.split("_", 2)[2],
                 "the password": PASSWORD,
                 "the quoted password": urllib.parse.quote(PASSWORD, safe=""),
                 "Ray's token": token,

@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sqlalchemy
 from sqlalchemy import Connection
 
 from cluster.envelope import TensorEnvelope
@@ -36,6 +38,7 @@ from deployments.errors import JobsError
 from deployments.jobs.database import Database
 from deployments.jobs.estimates import CostModel
 from deployments.jobs.job import Job, JobState, SubmitOptions, new_job_id
+from deployments.jobs.schema import JOBS
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore
 from deployments.media.job_files import JobFiles
@@ -45,7 +48,7 @@ from deployments.media.store import MediaStore
 from deployments.messages import FileStarted, Finished, LatentsReady, RequestContext, StateSaved, Tokenized
 from tests.jobs.making import MODEL
 from tests.jobs.running import make_finished
-from tests.virtual_time import VirtualClock
+from tests.virtual_time import VirtualClock, run_virtually
 
 NUM_JOBS, NUM_STEPS = 12, 4
 STAGES = ("tokenize", "condition", "denoise", "decode", "encode")
@@ -60,6 +63,7 @@ CONFIG = JobsConfig(
     poll_s=2.0,
     keep_s=1e6,
 )
+_MEMORY = Path("/dev/shm")
 _MAX_FAULT_S, _LAST_FAULT_S, _LIMIT_S = 90.0, 120.0, 7200.0
 
 
@@ -332,15 +336,26 @@ class World:
         self.store.claim = claim_first  # type: ignore[method-assign]
 
     def _find_claimable(self) -> dict[str, float]:
-        jobs = [job for job in self._read_jobs() if job.state is JobState.QUEUED]
-        return {job.job_id: job.order for job in jobs if job.retry_at_s <= self.clock.time()}
+        is_claimable = (JOBS.c.state == JobState.QUEUED) & (JOBS.c.retry_at_s <= self.clock.time())
+        columns = (JOBS.c.job_id, JOBS.c.queue_order)
+        with self._without_faults(), self.store._database.reading() as connection:
+            return {
+                row.job_id: row.queue_order
+                for row in connection.execute(sqlalchemy.select(*columns).where(is_claimable))
+            }
 
     def _read_jobs(self) -> list[Job]:
-        layer, self.store._database.layer = self.layer, None  # type: ignore[attr-defined]
-        try:
+        with self._without_faults():
             return list(self.store.list("", after=None, limit=100, is_ascending=True).jobs)
+
+    @contextmanager
+    def _without_faults(self) -> Iterator[None]:
+        database = self.store._database
+        layer, database.layer = database.layer, None  # type: ignore[attr-defined]
+        try:
+            yield
         finally:
-            self.store._database.layer = layer  # type: ignore[attr-defined]
+            database.layer = layer  # type: ignore[attr-defined]
 
     def _check(self) -> None:
         jobs = {job.job_id: job for job in self._read_jobs()}
@@ -354,3 +369,18 @@ class World:
             assert self.media.read(self.media.require(job.media_id)) == content_of(job_id), about
             # Each run that its runner's death or lost processes ended may count as an attempt, and no other.
             assert job.attempts <= 1 + self.num_deaths[job_id] + has_stage_faults, (job.attempts, *about)
+
+
+def run_schedule(seed: int, layout: CheckpointLayout, empty_sqlite: Path) -> Counter[str]:
+    """Run a schedule and check what becomes of its jobs; return how many calls of each boundary failed."""
+
+    async def run(clock: VirtualClock) -> Counter[str]:
+        with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as place:
+            world = World(Path(place), layout, empty_sqlite, clock, seed)
+            try:
+                await world.run()
+            finally:
+                world.store.close()
+            return world.layer.num_faults
+
+    return run_virtually(run)

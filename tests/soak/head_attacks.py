@@ -109,11 +109,12 @@ class Watch:
     _is_over: threading.Event = field(default_factory=threading.Event)
 
     def read_memory(self) -> dict[str, float]:
-        """Read the memory that the watched processes hold."""
+        """Read the memory that the watched processes hold, without what they share: Ray's object store lies in that."""
         found = {}
         for kind, pattern in _WATCHED.items():
-            pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in find_pids(self.app, pattern))
-            found[kind] = sum(pages) * 4096 / _MIB
+            texts = (Path(f"/proc/{pid}/statm").read_text() for pid in find_pids(self.app, pattern))
+            sizes = ([int(number) for number in text.split()] for text in texts)
+            found[kind] = sum(resident - shared for _, resident, shared, *_ in sizes) * 4096 / _MIB
         return found
 
     def _sample_memory(self) -> None:

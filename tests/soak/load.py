@@ -80,9 +80,10 @@ def find_pids(app: Serving, pattern: str) -> list[int]:
 
 def start(directory: Path, checkpoint: str, settings: Mapping[str, object] = MappingProxyType({}), **more: Any) -> Any:
     """Start the app with a database and media in a directory, and with settings; returns a context manager."""
+    directory = directory.resolve()
     own = {"media.directory": directory / "media", "jobs.database": f"sqlite:///{directory}/jobs.sqlite3"}
     flags = [part for key, value in {**own, **settings}.items() for part in ("--set", f"{key}={value}")]
-    return serving(directory, "--checkpoint", checkpoint, "--num-cpus", "4", *flags, **more)
+    return serving(directory, "--checkpoint", str(Path(checkpoint).resolve()), "--num-cpus", "4", *flags, **more)
 
 
 @contextmanager
