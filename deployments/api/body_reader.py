@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import json
 import re
-import sys
-import threading
 import time
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
@@ -22,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from cluster.errors import OverloadedError
 from deployments.api_model import JSON
 from deployments.errors import BodyError
+from deployments.process_memory import give_memory_back
 from deployments.threads import run_in_thread
 
 MAX_FIELDS = 128
@@ -47,9 +44,9 @@ _LEAST_BYTES_PER_S = 64 * 1024
 _RETRY_S = 5.0
 _MAX_DIGITS = 18
 _MAX_SHOWN_CHARS = 60
-# Memory of bodies of more bytes goes back to the system, when all that refers to it has ended.
+# Large bodies: their memory goes back to the system when they have ended, and others run while they are parsed.
 _LARGE_BYTES = 1 << 20
-_TRIM_AFTER_S = 1.0
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _BRACKETED = re.compile(r"([^\[\]]{1,200})((?:\[[^\[\]]{0,200}\]){1,4})")
 
 
@@ -77,16 +74,7 @@ class MemoryBudget:
             is_large = reserved.num_bytes > _LARGE_BYTES
             reserved.shrink_to(0)
             if is_large:
-                trimming = threading.Timer(_TRIM_AFTER_S, _trim_memory)
-                trimming.daemon = True
-                trimming.start()
-
-
-def _trim_memory() -> None:
-    """Give memory of ended requests back to the system; the C library would keep it for the next large body."""
-    gc.collect()  # errors and their frames, which hold bodies, refer to each other
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
-        trim(0)
+                give_memory_back()
 
 
 class Reservation:
@@ -284,11 +272,16 @@ def _parse_json(data: bytearray) -> dict[str, Any]:
 
 def read_json(text: str | bytes | bytearray) -> Any:
     """Parse JSON; raise ValueError if it is broken, too deep or too large, or has a key twice."""
-    separators: Any = ",[{:" if isinstance(text, str) else (b",", b"[", b"{", b":")
-    if sum(text.count(separator) for separator in separators) > _MAX_VALUES:
+    if not isinstance(text, str):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    starts = range(0, len(text), _LARGE_BYTES)
+    if sum(text.count(separator, it, it + _LARGE_BYTES) for separator in ",[{:" for it in starts) > _MAX_VALUES:
         raise ValueError(f"it has more than the {_MAX_VALUES} values that are allowed")
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        if len(text) > _LARGE_BYTES:
+            value = _LargeDecoder().decode(text)
+        else:
+            value = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     level = [value] if isinstance(value, list | dict) else []
@@ -307,3 +300,21 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {name[:_MAX_SHOWN_CHARS]!r} is given twice")
         values[name] = value
     return values
+
+
+class _LargeDecoder(json.JSONDecoder):
+    """Decoder of the same values that lets other threads run meanwhile: json's own keeps Python's lock to its end."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=_unique_keys)
+        self.parse_string = _parse_string
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+
+def _parse_string(text: str, begin: int, strict: bool = True) -> tuple[str, int]:
+    """Return the string that begins after a quote, and where it ends; raise as json's ``scanstring``."""
+    end = text.find('"', begin)
+    is_plain = end - begin > _LARGE_BYTES and text.find("\\", begin, end) < 0
+    if not is_plain or any(_CONTROL.search(text, it, it + _LARGE_BYTES) for it in range(begin, end, _LARGE_BYTES)):
+        return json.decoder.scanstring(text, begin, strict)  # type: ignore[attr-defined]
+    return text[begin:end], end + 1

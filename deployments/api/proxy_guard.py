@@ -27,6 +27,7 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deployments.errors import ApiError
+from deployments.process_memory import give_memory_back
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,6 +42,8 @@ MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
 _HALF_CLOSED_S = 5.0
 # Parts of a body that may wait for the replica; uvicorn makes them a few hundred kB large at most.
 _MAX_WAITING_PARTS = 16
+# Memory of bodies of more bytes goes back to the system.
+_LARGE_BYTES = 1 << 20
 # A mark of the app's own answers: :class:`deployments.api.app.Guard` sets it.
 _OWN_MARK = "x-content-type-options"
 _ROUTES_PATH, _HEALTH_PATH = "/-/routes", "/-/healthz"
@@ -92,6 +95,7 @@ class ProxyGuard:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         replaced: JSONResponse | None = None
         is_started = False
+        window = _BodyWindow(receive)
 
         async def send_json(message: Message) -> None:
             nonlocal replaced, is_started
@@ -105,7 +109,7 @@ class ProxyGuard:
                 await replaced(scope, receive, send)
 
         try:
-            await self._app(scope, _BodyWindow(receive), send_json)
+            await self._app(scope, window, send_json)
         except Exception as error:
             if is_started:
                 raise
@@ -113,6 +117,9 @@ class ProxyGuard:
             if is_own_fault:
                 logger.exception("the proxy failed at %s %s", scope["method"], scope["path"])
             await _respond(_LOST if is_own_fault else _NOT_UTF8)(scope, receive, send)
+        finally:
+            if window.num_bytes > _LARGE_BYTES:
+                give_memory_back()
 
 
 class _BodyPart(dict[str, Any]):
@@ -133,6 +140,7 @@ class _BodyWindow:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
+        self.num_bytes = 0
         self._num_waiting = 0
         self._has_fetched = asyncio.Event()
 
@@ -145,6 +153,7 @@ class _BodyWindow:
         if message["type"] != "http.request":
             return message
         part = _BodyPart(message)
+        self.num_bytes += len(message.get("body", b""))
         self._num_waiting += 1
         weakref.finalize(part, self._count_fetched)
         return part

@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from cluster.errors import OverloadedError
 from cosmos3_core.presets import LIMITS
+from deployments import process_memory
 from deployments.api import body_reader
 from deployments.api.body_reader import MAX_FIELDS, MAX_URLENCODED_BYTES, MemoryBudget, read_fields
 from deployments.errors import BodyError
@@ -295,8 +296,8 @@ def test_memory_of_large_bodies_is_given_back(
     num_bytes: int, is_trimmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trimmed = threading.Event()
-    monkeypatch.setattr(body_reader, "_TRIM_AFTER_S", 0.0)
-    monkeypatch.setattr(body_reader, "_trim_memory", trimmed.set)
+    monkeypatch.setattr(process_memory, "_AFTER_S", 0.0)
+    monkeypatch.setattr(process_memory, "_trim", trimmed.set)
     read(request_of(JSON, [b'{"a": "', b"a" * num_bytes, b'"}']), max_bytes=4_000_000)
     assert trimmed.wait(10.0 if is_trimmed else 0.1) == is_trimmed
 
@@ -322,3 +323,35 @@ def test_large_bodies_are_parsed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(body_reader, "_parse_json", parse)
     asyncio.run(read_all(MemoryBudget(1 << 30)))
     assert most_at_once == 1
+
+
+_LONG = "a" * 1_200_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": "' + _LONG + '", "b": [1, "c", {"d": "' + _LONG + '"}]}',
+        '{"a": "' + _LONG + '\\n\\u00e9\\"", "b": 2.5e3}',
+        '{"a": "' + _LONG + "ä\N{GRINNING FACE}" + '",\n "b": true}',
+        '{"a": "' + _LONG + '\n"}',
+        '{"a": "' + _LONG + '", "a": 1}',
+        '{"a": "' + _LONG,
+        '{"a": "' + _LONG + '"} x',
+        "[" * 200_000 + " " * 1_000_000,
+        json.dumps([{"n": number, "text": "x"} for number in range(60_000)]),
+    ],
+    ids=["long", "escapes", "not ASCII", "control", "twice", "open", "more", "deep", "many"],
+)
+def test_large_texts_are_read_as_small_ones(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(text) > body_reader._LARGE_BYTES
+
+    def outcome() -> object:
+        try:
+            return body_reader.read_json(text.encode())
+        except ValueError as error:
+            return str(error)
+
+    found = outcome()
+    monkeypatch.setattr(body_reader, "_LARGE_BYTES", 1 << 30)
+    assert found == outcome()

@@ -6,7 +6,7 @@ import pytest
 
 # From the lowest to the highest. A module imports from its own row and from rows before it.
 LAYERS = (
-    ("threads", "errors", "api_model"),
+    ("threads", "process_memory", "errors", "api_model"),
     ("config", "messages", "failures"),
     ("observability",),
     ("media",),

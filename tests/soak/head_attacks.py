@@ -1,8 +1,8 @@
 """Attack an app with heads and bodies of requests: ``python -m tests.soak.head_attacks CHECKPOINT DIRECTORY``.
 
-Prints how each of 500 attacks of 20 kinds ended, the proxy's and the ingress's memory before, at most, and a minute
-after, and the 95th percentile of other clients' seconds meanwhile; then the same for six clients that announce bodies
-of 100 MB.
+Prints how each of 500 attacks of 20 kinds ended, the proxy's and the ingress's own memory before, at most, and a minute
+after, and the 95th percentile of other clients' seconds meanwhile; before that the same without an attack, and after it
+for six clients that announce bodies of 100 MB.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from tests.soak.load import find_pids, start
 
 _NUM_OF_EACH, _AT_ONCE = 25, 10
 _WATCHED = {"proxy": r"ray::ProxyActor", "Ingress": r"ray::ServeReplica:\w+:Ingress"}
-_SETTLING_S = 60.0
+_WARMING_S, _SETTLING_S = 20.0, 60.0
 _ATTACK_S = 40.0
 _MIB = 1 << 20
+_BLOCK, _NUM_BLOCKS = b"a" * 50_000, 2_000
 _LINE = b"GET /health HTTP/1.1\r\nhost: a\r\n"
 
 
@@ -159,12 +160,17 @@ class Watch:
         print(f"{title}: p95 of {len(self.seconds)} other requests {p95_s:.3f} s, failed: {Counter(self.failures)}")
 
 
-def send_body(url: str, num_bytes: int) -> str:
-    """Announce and send a prompt of so many bytes, as JSON; return the answer's status."""
-    body = [b'{"prompt": "', bytes(num_bytes).replace(b"\0", b"a"), b'"}']
-    headers = {"content-type": "application/json", "content-length": str(sum(map(len, body)))}
+def send_body(url: str, num_blocks: int) -> str:
+    """Announce and send a prompt of so many blocks, as JSON; return the answer's status.
+
+    One block is sent again and again: making the whole body would stop the other clients of this process.
+    """
+    begin, end = b'{"prompt": "', b'"}'
+    num_bytes = len(begin) + num_blocks * len(_BLOCK) + len(end)
+    headers = {"content-type": "application/json", "content-length": str(num_bytes)}
+    body = itertools.chain([begin], itertools.repeat(_BLOCK, num_blocks), [end])
     try:
-        return str(httpx2.post(f"{url}/v1/videos", content=iter(body), headers=headers, timeout=200).status_code)
+        return str(httpx2.post(f"{url}/v1/videos", content=body, headers=headers, timeout=200).status_code)
     except httpx2.HTTPError as error:
         return type(error).__name__
 
@@ -178,6 +184,8 @@ def main() -> None:
         parts = urllib.parse.urlsplit(url)
         address = (str(parts.hostname), int(parts.port or 80))
         watch = Watch(app)
+        with watch.observe("no attack"):  # and the processes are warm after it
+            time.sleep(_WARMING_S)
         with watch.observe("heads"), ThreadPoolExecutor(_AT_ONCE) as pool:
             kinds = list(_ATTACKS) * _NUM_OF_EACH
             outcomes = list(pool.map(lambda kind: attack(address, kind), kinds))
@@ -185,7 +193,7 @@ def main() -> None:
             counted = Counter(outcome for known, outcome in zip(kinds, outcomes, strict=True) if known == kind)
             print(f"{kind:<30} {dict(counted)}")
         with watch.observe("six bodies of 100 MB"), ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(lambda _: send_body(url, 100_000_000), range(6)))
+            answers = list(pool.map(lambda _: send_body(url, _NUM_BLOCKS), range(6)))
         print(f"answers: {dict(Counter(answers))}", flush=True)
 
 

@@ -1,0 +1,23 @@
+"""The memory of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+
+_AFTER_S = 1.0
+
+
+def give_memory_back() -> None:
+    """Give memory of a large request back to the system soon; the C library would keep it for the next one."""
+    trimming = threading.Timer(_AFTER_S, _trim)  # its frames, and what Ray sends for it, end meanwhile
+    trimming.daemon = True
+    trimming.start()
+
+
+def _trim() -> None:
+    gc.collect()  # errors and their frames, which hold bodies, refer to each other
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)
