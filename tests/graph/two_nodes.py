@@ -115,9 +115,10 @@ def placement(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
 class Load:
     """Callers that send requests one after another until stopped."""
 
-    def __init__(self, client: DirectorClient) -> None:
-        self._client = client
+    def __init__(self, client: DirectorClient, nodes: Nodes) -> None:
+        self._client, self._nodes = client, nodes
         self.gangs: Counter[tuple[int, ...]] = Counter()
+        self.zones: dict[tuple[int, ...], list[str]] = {}
         self.frames: set[str] = set()
         self.troubles: list[str] = []
         self._lock = threading.Lock()
@@ -133,7 +134,10 @@ class Load:
         with self._lock:
             self.troubles += [str(event) for event in of_kind(events, messages.StageRetried)]
             self.frames |= {event.frames_sha256 for event in of_kind(events, messages.Finished)}
-            self.gangs.update(event.rank_pids for event in of_kind(events, messages.LatentsReady))
+            for event in of_kind(events, messages.LatentsReady):
+                self.gangs[event.rank_pids] += 1
+                if event.rank_pids not in self.zones:  # at its first request: an idle gang soon stops
+                    self.zones[event.rank_pids] = sorted({self._nodes.zone(pid) for pid in event.rank_pids})
 
     def run(self, num_callers: int, until: Callable[[], bool], what: str) -> None:
         """Load from that many callers until something holds; their last requests are waited for.
@@ -164,13 +168,12 @@ def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
     pace = {"upscale_delay_s": 0.5, "downscale_delay_s": 3, "look_back_period_s": 1, "metrics_interval_s": 0.2}
     gang = {"transformer__tp": 2, "transformer__cpus_per_rank": 0.3 * CPUS_PER_NODE}
     serve.run_many([app(checkpoint, "scaling", **gang, transformer__autoscaling=bounds | pace)])
-    load = Load(connect("scaling"))
+    load = Load(connect("scaling"), nodes)
     load.call()
     gangs_before = len(load.gangs)
     start_s = time.monotonic()
     load.run(4, lambda: len(load.gangs) > 1 and min(load.gangs.values()) > 2, "a second gang that serves")
     up_s = time.monotonic() - start_s
-    zones = [sorted({nodes.zone(pid) for pid in ranks}) for ranks in load.gangs]
 
     def alive() -> list[tuple[int, ...]]:
         return [ranks for ranks in load.gangs if any(os.path.exists(f"/proc/{pid}") for pid in ranks)]
@@ -183,7 +186,7 @@ def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
     load.call()
     return {
         "gangs_before": gangs_before,
-        "zones": sorted(zones),
+        "zones": sorted(load.zones.values()),
         "num_gangs": len(load.gangs),
         "last_served_by_one_alive": (load.gangs - served).keys() == set(alive()),
         "num_requests": load.gangs.total(),
