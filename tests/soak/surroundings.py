@@ -167,6 +167,8 @@ def main() -> None:
     """Print the table."""
     checkpoint, directory, *kinds = sys.argv[1:]
     chosen = kinds or [*FAULTS, *CLOCKS]
+    if unknown := set(chosen) - {*FAULTS, *CLOCKS}:
+        sys.exit(f"kinds must be among {', '.join([*FAULTS, *CLOCKS])} (got {', '.join(unknown)})")
     for name, group in (("faults", FAULTS), ("clocks", CLOCKS)):
         place = Path(directory) / name
         place.mkdir(parents=True, exist_ok=True)
