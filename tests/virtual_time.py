@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -31,6 +32,28 @@ class VirtualClock:
     def set_forward(self, seconds: float) -> None:
         """Set ``time`` forward, or back; the time of a suspended laptop passes so as well."""
         self.lead_s += seconds
+
+
+def set_clocks(
+    patch: pytest.MonkeyPatch,
+    *,
+    time_s: Callable[[], float] | None = None,
+    monotonic_s: Callable[[], float] | None = None,
+) -> None:
+    """Replace ``time.time`` and ``time.monotonic`` in this thread.
+
+    The loop of an app in another thread keeps its own: with a timer from a clock that is ahead it would sleep for good.
+    """
+    thread = threading.get_ident()
+
+    def replace(name: str, replaced: Callable[[], float]) -> None:
+        real = getattr(time, name)
+        patch.setattr(time, name, lambda: replaced() if threading.get_ident() == thread else real())
+
+    if time_s is not None:
+        replace("time", time_s)
+    if monotonic_s is not None:
+        replace("monotonic", monotonic_s)
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -70,7 +93,6 @@ def run_virtually(main: Callable[[VirtualClock], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine in a virtual loop, in which ``time.time`` and ``time.monotonic`` are virtual as well."""
     clock = VirtualClock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "time", clock.time)
-        patch.setattr(time, "monotonic", clock.monotonic)
+        set_clocks(patch, time_s=clock.time, monotonic_s=clock.monotonic)
         with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
             return runner.run(main(clock))

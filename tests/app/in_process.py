@@ -7,8 +7,10 @@ socket. Not covered: deaths and memory of processes, Serve's proxy and controlle
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,7 +106,11 @@ class InProcessApp:
             self._loop.run(_cancel([*replica._maintenance, *replica._runner._tasks]), _STOP_S)
             replica._jobs.store.close()
         self._server.should_exit = self._server.force_exit = True
-        self._serving.result(_STOP_S)
+        try:
+            self._serving.result(_STOP_S)
+        except TimeoutError:
+            faulthandler.dump_traceback(sys.__stderr__)  # which thread does what
+            raise
         self.service.jobs.store.close()
         assert not self.failures
 

@@ -48,6 +48,7 @@ from deployments.stages.streams import RefStream
 from tests import serve_fakes
 from tests.serve_fakes import Method, Ref, Response
 from tests.settling import run, settle, until
+from tests.virtual_time import set_clocks
 
 
 class FakeMedia:
@@ -684,7 +685,7 @@ def test_a_deadline_travels_as_seconds_that_are_left(monkeypatch: pytest.MonkeyP
     context = RequestContext.new("r", 10.0)
     data = pickle.dumps(context)
     before_s = time.monotonic()
-    monkeypatch.setattr(messages.time, "monotonic", lambda: before_s + 5000.0)  # clocks of other machines differ
+    set_clocks(monkeypatch, monotonic_s=lambda: before_s + 5000.0)  # clocks of other machines differ
     there = pickle.loads(data)
     assert 9.0 < there.remaining_s("x") <= 10.0
     assert (there.request_id, there.try_id, there.limit_s) == ("r", context.try_id, 10.0)

@@ -16,6 +16,7 @@ from deployments.config import AppConfig
 from deployments.errors import JobsError, MediaStoreError
 from deployments.jobs import database
 from deployments.jobs.database import Database, database_url
+from tests.virtual_time import set_clocks
 
 SECRET = "hush-hush"
 DEADLINE_S = 30.0
@@ -286,7 +287,7 @@ def test_a_wrong_clock_is_refused(ahead_s: float, fresh_postgres_url: str, monke
     """Leases would expire at once, or never."""
     Database(fresh_postgres_url).close()
     now = time.time
-    monkeypatch.setattr(database.time, "time", lambda: now() + ahead_s)
+    set_clocks(monkeypatch, time_s=lambda: now() + ahead_s)
     with pytest.raises(
         JobsError, match=r"clock must be within 2 s of that of jobs_.*\(got [+-](29|30)[.0-9]* s\).*NTP"
     ):

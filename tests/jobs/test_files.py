@@ -26,6 +26,7 @@ from deployments.media.job_files import JobFiles
 from deployments.media.objects import DirectoryObjects
 from deployments.media.sweeper import FindNeeds, sweep
 from tests.jobs.making import LIMITS, new_job
+from tests.virtual_time import set_clocks
 
 DATA = bytes(range(256)) * 40
 KEEP_S = 100.0
@@ -201,10 +202,10 @@ def test_the_newest_file_is_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sweeper_module, "ORPHAN_S", KEEP_S)
     job_id, now_s = new_job_id(), time.time()
     place.files.put(job_id, "image", DATA)
-    monkeypatch.setattr(time, "time", lambda: now_s + 5 * KEEP_S)
+    set_clocks(monkeypatch, time_s=lambda: now_s + 5 * KEEP_S)
     place.files.put(job_id, "checkpoint", DATA)
     place.raw.pipe_file(place.path(job_id, "damaged"), b"no header")
-    monkeypatch.setattr(time, "time", lambda: now_s)
+    set_clocks(monkeypatch, time_s=lambda: now_s)
     assert place.sweep(lambda _: {}, now_s + 5.5 * KEEP_S) == 0
     assert place.sweep(lambda _: {}, now_s + 7 * KEEP_S) == 1
 

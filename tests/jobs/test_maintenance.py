@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from deployments.config import JobsConfig
-from deployments.jobs import service as service_module
 from deployments.jobs.estimates import Speed
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
 from deployments.jobs.service import JobService, Maintenance
@@ -21,6 +20,7 @@ from deployments.media.layout import new_media_id
 from deployments.media.store import MediaStore
 from tests.clock import Clock
 from tests.jobs.making import COMPLETED, LIMITS, MODEL, claim, claim_existing, make_lease, new_job
+from tests.virtual_time import set_clocks
 
 KEEP_S, KEEP_MEDIA_S = 1000.0, 100.0
 
@@ -78,7 +78,7 @@ def test_files_of_a_job_that_is_not_created_yet_are_kept(
     maintenance.sweep_folders()
     assert maintenance.jobs.files.exists(new.job_id, "image"), "its request is being accepted"
     now_s = time.time()
-    monkeypatch.setattr(service_module.time, "time", lambda: now_s + sweeper.ORPHAN_S + 60)
+    set_clocks(monkeypatch, time_s=lambda: now_s + sweeper.ORPHAN_S + 60)
     maintenance.sweep_folders()
     assert not maintenance.jobs.files.exists(new.job_id, "image")
 
@@ -163,7 +163,7 @@ def test_files_of_an_unfinished_job_are_never_swept(maintenance: Maintenance, mo
         maintenance.jobs.media.create(media_id, "video/mp4", ".mp4", is_live=True)
     maintenance.jobs.media.fail(failed, "the encoder died")
     maintenance.jobs.store.record(make_lease(running), Progress(media_id=growing), [])
-    monkeypatch.setattr(service_module.time, "time", lambda: 1e11)
+    set_clocks(monkeypatch, time_s=lambda: 1e11)
     tiny = with_media(maintenance, MediaStore(maintenance.jobs.media.directory, 1, KEEP_MEDIA_S))
     tiny.sweep_folders()
     assert maintenance.jobs.files.get(job.job_id, "image") == b"picture"

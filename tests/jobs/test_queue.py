@@ -45,6 +45,7 @@ from tests.jobs.making import (
     reload,
 )
 from tests.jobs.racing import race
+from tests.virtual_time import set_clocks
 
 
 def enqueue(store: JobStore, num: int = 1, **changes: Any) -> list[Job]:
@@ -196,7 +197,7 @@ class Waiting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
-        monkeypatch.setattr(estimates.time, "monotonic", lambda: self.now_s)
+        set_clocks(monkeypatch, monotonic_s=lambda: self.now_s)
         self.estimator = RetryEstimator()
         self.bound = QueueBound(Lane.VIDEO, None, 1)
 
