@@ -86,7 +86,7 @@ class Director:
         self._resources = PipelineResources(
             layout=layout,
             stages=stages,
-            clips=self._clip_actors.current,
+            clips=None,
             media=self._jobs.media,
             config=config.director,
             close_later=ClipCloser().close_later,

@@ -37,7 +37,7 @@ class PipelineResources:
 
     Attributes:
         stages: handles whose calls stream.
-        clips: the :class:`cluster.clip_stream.ClipStreams` actor for the next clip.
+        clips: the :class:`cluster.clip_stream.ClipStreams` actor of one pipeline; None in those that all share.
         close_later: takes that actor and a stream's id; closes a clip's stream in the background.
         prompt_check: checks a prompt before the first stage; None without a guardrail.
     """
