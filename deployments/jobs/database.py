@@ -33,8 +33,8 @@ from deployments.media.store import resolve_directory
 if TYPE_CHECKING:
     from deployments.config import AppConfig
 
-BUSY_S = 4.0
-"""Longest wait of a transaction for those before it: a database that is locked for longer is soon known to be."""
+BUSY_S = 10.0
+"""Longest wait of a transaction for those before it."""
 
 _UPGRADE_S = 120.0
 _CONNECT_S = 10
