@@ -7,6 +7,9 @@ import gc
 import sys
 import threading
 
+LARGE_BYTES = 1 << 20
+"""Requests of more bytes are large: others run while they are parsed, and their memory is given back."""
+
 _AFTER_S = 1.0
 
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from cluster.errors import OverloadedError
 from deployments.api_model import JSON
 from deployments.errors import BodyError
-from deployments.process_memory import give_memory_back
+from deployments.process_memory import LARGE_BYTES, give_memory_back
 from deployments.threads import run_in_thread
 
 MAX_FIELDS = 128
@@ -44,8 +44,6 @@ _LEAST_BYTES_PER_S = 64 * 1024
 _RETRY_S = 5.0
 _MAX_DIGITS = 18
 _MAX_SHOWN_CHARS = 60
-# Large bodies: their memory goes back to the system when they have ended, and others run while they are parsed.
-_LARGE_BYTES = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _BRACKETED = re.compile(r"([^\[\]]{1,200})((?:\[[^\[\]]{0,200}\]){1,4})")
 
@@ -71,7 +69,7 @@ class MemoryBudget:
         try:
             yield reserved
         finally:
-            is_large = reserved.num_bytes > _LARGE_BYTES
+            is_large = reserved.num_bytes > LARGE_BYTES
             reserved.shrink_to(0)
             if is_large:
                 give_memory_back()
@@ -86,7 +84,7 @@ class Reservation:
 
     def parse_turn(self) -> AbstractAsyncContextManager[None]:
         """Wait for the large bodies before this one, if it is large, so that other requests run between them."""
-        return self._budget.large_parse if self.num_bytes > _LARGE_BYTES else nullcontext()
+        return self._budget.large_parse if self.num_bytes > LARGE_BYTES else nullcontext()
 
     def check(self, num_bytes: int) -> None:
         """Raise OverloadedError if so many more bytes cannot be reserved. Reserves none: they have not come yet."""
@@ -274,11 +272,11 @@ def read_json(text: str | bytes | bytearray) -> Any:
     """Parse JSON; raise ValueError if it is broken, too deep or too large, or has a key twice."""
     if not isinstance(text, str):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
-    starts = range(0, len(text), _LARGE_BYTES)
-    if sum(text.count(separator, it, it + _LARGE_BYTES) for separator in ",[{:" for it in starts) > _MAX_VALUES:
+    starts = range(0, len(text), LARGE_BYTES)
+    if sum(text.count(separator, it, it + LARGE_BYTES) for separator in ",[{:" for it in starts) > _MAX_VALUES:
         raise ValueError(f"it has more than the {_MAX_VALUES} values that are allowed")
     try:
-        if len(text) > _LARGE_BYTES:
+        if len(text) > LARGE_BYTES:
             value = _LargeDecoder().decode(text)
         else:
             value = json.loads(text, object_pairs_hook=_unique_keys)
@@ -314,7 +312,7 @@ class _LargeDecoder(json.JSONDecoder):
 def _parse_string(text: str, begin: int, strict: bool = True) -> tuple[str, int]:
     """Return the string that begins after a quote, and where it ends; raise as json's ``scanstring``."""
     end = text.find('"', begin)
-    is_plain = end - begin > _LARGE_BYTES and text.find("\\", begin, end) < 0
-    if not is_plain or any(_CONTROL.search(text, it, it + _LARGE_BYTES) for it in range(begin, end, _LARGE_BYTES)):
+    is_plain = end - begin > LARGE_BYTES and text.find("\\", begin, end) < 0
+    if not is_plain or any(_CONTROL.search(text, it, it + LARGE_BYTES) for it in range(begin, end, LARGE_BYTES)):
         return json.decoder.scanstring(text, begin, strict)  # type: ignore[attr-defined]
     return text[begin:end], end + 1

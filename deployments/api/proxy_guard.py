@@ -27,7 +27,7 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deployments.errors import ApiError
-from deployments.process_memory import give_memory_back
+from deployments.process_memory import LARGE_BYTES, give_memory_back
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,8 +42,6 @@ MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
 _HALF_CLOSED_S = 5.0
 # Parts of a body that may wait for the replica; uvicorn makes them a few hundred kB large at most.
 _MAX_WAITING_PARTS = 16
-# Memory of bodies of more bytes goes back to the system.
-_LARGE_BYTES = 1 << 20
 # A mark of the app's own answers: :class:`deployments.api.app.Guard` sets it.
 _OWN_MARK = "x-content-type-options"
 _ROUTES_PATH, _HEALTH_PATH = "/-/routes", "/-/healthz"
@@ -118,7 +116,7 @@ class ProxyGuard:
                 logger.exception("the proxy failed at %s %s", scope["method"], scope["path"])
             await _respond(_LOST if is_own_fault else _NOT_UTF8)(scope, receive, send)
         finally:
-            if window.num_bytes > _LARGE_BYTES:
+            if window.num_bytes > LARGE_BYTES:
                 give_memory_back()
 
 

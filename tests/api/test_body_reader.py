@@ -344,7 +344,7 @@ _LONG = "a" * 1_200_000
     ids=["long", "escapes", "not ASCII", "control", "twice", "open", "more", "deep", "many"],
 )
 def test_large_texts_are_read_as_small_ones(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(text) > body_reader._LARGE_BYTES
+    assert len(text) > process_memory.LARGE_BYTES
 
     def outcome() -> object:
         try:
@@ -353,5 +353,5 @@ def test_large_texts_are_read_as_small_ones(text: str, monkeypatch: pytest.Monke
             return str(error)
 
     found = outcome()
-    monkeypatch.setattr(body_reader, "_LARGE_BYTES", 1 << 30)
+    monkeypatch.setattr(body_reader, "LARGE_BYTES", 1 << 30)
     assert found == outcome()
