@@ -49,6 +49,8 @@ logger = logging.getLogger("ray.serve")
 _POSITION_PERIOD_S = 1.0
 # After a failed claim: the database may be away.
 _PAUSE_S = 1.0
+# Of a write for the database, until it counts as a fault.
+_LONG_WAIT_S = 2.5
 # Longest wait of a runner that is stopped for the database.
 _RELEASE_S = 20.0
 
@@ -106,7 +108,11 @@ class JobRunner:
     def list_faults(self, deadlines: StageDeadlines) -> list[str]:
         """Return what keeps jobs from being begun, and the stages that running jobs get no answer from."""
         running = [it.progress for it in self._claimed.values() if it.progress is not None]
-        return [*self.breaker.faults, *find_late_stages(running, deadlines)]
+        faults = [*self.breaker.faults, *find_late_stages(running, deadlines)]
+        # Not yet a fault of the breaker: no request is refused until a write has failed.
+        if self._store.longest_wait_s > _LONG_WAIT_S and JOBS_FAULT not in faults:
+            faults.insert(0, JOBS_FAULT)
+        return faults
 
     def wake(self) -> None:
         """Look for jobs now, because one was accepted."""

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,7 @@ class Database:
         self._secrets = _find_secrets(parsed)
         # SQLite waits by sleeping; threads of one process queue up here instead.
         self._write_lock = threading.Lock()
+        self._waiting_since_s: dict[object, float] = {}
         if self.is_sqlite:
             try:
                 with self._translate_errors():
@@ -129,30 +130,45 @@ class Database:
         With ``is_queue`` it takes the queue lock, which one transaction at a time holds over all processes. Raise
         JobsError if the database failed, or others kept it busy for :data:`BUSY_S`.
         """
-        with self._translate_errors(), self._write_transaction() as connection:
-            if is_queue and not self.is_sqlite:
-                _take_lock(connection, _QUEUE_LOCK)
+        with self._translate_errors(), self._write_transaction(_QUEUE_LOCK if is_queue else None) as connection:
             yield connection
 
     def close(self) -> None:
         """Close all connections that are not in use."""
         self._engine.dispose()
 
+    @property
+    def longest_wait_s(self) -> float:
+        """Seconds that the first of the write transactions that cannot begin has waited; 0 if none waits."""
+        now_s = time.monotonic()
+        return now_s - min(tuple(self._waiting_since_s.values()), default=now_s)
+
     @contextmanager
-    def _write_transaction(self) -> Iterator[Connection]:
-        if not self.is_sqlite:
-            with self._engine.connect() as connection, connection.begin():
-                yield connection
-            return
-        if not self._write_lock.acquire(timeout=BUSY_S):
-            raise JobsError(f"{self.name}: other threads of this process kept it busy for {BUSY_S:g} s; try again")
-        try:
-            with self._engine.connect() as connection:
+    def _write_transaction(self, lock: int | None = None) -> Iterator[Connection]:
+        """Begin a write transaction, in PostgreSQL with an advisory lock."""
+        with ExitStack() as stack:
+            with self._note_wait():
+                if self.is_sqlite:
+                    if not self._write_lock.acquire(timeout=BUSY_S):
+                        raise JobsError(
+                            f"{self.name}: other threads of this process kept it busy for {BUSY_S:g} s; try again"
+                        )
+                    stack.callback(self._write_lock.release)
+                connection = stack.enter_context(self._engine.connect())
                 connection.execution_options(is_writing=True)
-                with connection.begin():
-                    yield connection
+                stack.enter_context(connection.begin())
+                if lock is not None and not self.is_sqlite:
+                    _take_lock(connection, lock)
+            yield connection
+
+    @contextmanager
+    def _note_wait(self) -> Iterator[None]:
+        wait = object()
+        self._waiting_since_s[wait] = time.monotonic()
+        try:
+            yield
         finally:
-            self._write_lock.release()
+            del self._waiting_since_s[wait]
 
     def _check_clock(self) -> None:
         """Check this machine's clock against the server's: leases and expiry are compared with local clocks."""

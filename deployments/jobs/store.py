@@ -73,6 +73,11 @@ class JobStore:
         """Close its connections."""
         self._database.close()
 
+    @property
+    def longest_wait_s(self) -> float:
+        """Seconds that the first of the writes that others keep waiting has waited; 0 if none waits."""
+        return self._database.longest_wait_s
+
     # Accepting
 
     def create(

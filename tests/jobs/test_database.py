@@ -250,6 +250,31 @@ def test_waiting_for_the_lock_times_out(tmp_path: Path, monkeypatch: pytest.Monk
     holder.close()
 
 
+def test_a_write_that_waits_for_others_is_known(jobs_url: str) -> None:
+    """Before it fails: a locked database is named to clients after seconds."""
+    opened, other = Database(jobs_url), Database(jobs_url)
+
+    def write() -> None:
+        with opened.writing(is_queue=True):
+            pass
+
+    assert opened.longest_wait_s == 0
+    waits = [threading.Thread(target=write) for _ in range(2)]
+    with other.writing(is_queue=True):
+        for wait in waits:
+            wait.start()
+        until_s = time.monotonic() + DEADLINE_S
+        while opened.longest_wait_s < 0.2 and time.monotonic() < until_s:
+            time.sleep(0.01)
+        assert 0.2 <= opened.longest_wait_s < DEADLINE_S
+        assert other.longest_wait_s == 0, "the one that writes does not wait"
+    for wait in waits:
+        wait.join(DEADLINE_S)
+    assert opened.longest_wait_s == 0
+    opened.close()
+    other.close()
+
+
 @pytest.mark.slow
 def test_waiting_for_postgres_times_out(fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.5)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cluster.events import QueuePosition
 from deployments.director import recorder as recorder_module
 from deployments.director import runner as runner_module
 from deployments.director.leases import ClaimedJob, LeaseKeeper, StopReason
+from deployments.director.progress import StageDeadlines
 from deployments.director.recorder import SAVED_STATE, SavedStates
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
@@ -196,6 +198,31 @@ def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: py
         service.stage.gate.set()
         assert (await service.until(job.job_id, JobState.COMPLETED)).attempts == 1
         assert service.runner.breaker.faults == []
+
+    serve(body)
+
+
+def test_a_locked_database_is_named_before_a_write_fails(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A lock that passes refuses no request, but /ready says what everybody waits for."""
+    monkeypatch.setattr(runner_module, "_LONG_WAIT_S", 0.2)
+
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0)
+        deadlines = StageDeadlines(*[(DEADLINE_S, DEADLINE_S)] * 4)
+        await service.until((await service.submit()).job_id, JobState.COMPLETED)
+        assert service.runner.list_faults(deadlines) == []
+        with closing(sqlite3.connect(tmp_path / "jobs.sqlite3", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            submitting = asyncio.create_task(service.submit())
+            async with asyncio.timeout(DEADLINE_S):
+                while service.runner.list_faults(deadlines) != ["jobs_unavailable"]:
+                    await asyncio.sleep(0.02)
+            assert service.runner.breaker.faults == []
+            other.execute("ROLLBACK")
+        await service.until((await submitting).job_id, JobState.COMPLETED)
+        assert service.runner.list_faults(deadlines) == []
 
     serve(body)
 
