@@ -50,6 +50,7 @@ _LOCAL_RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name, what makes Ray listen on loopback only
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.api.proxy_guard.make_middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three in a row, 30 s by default, until a dead proxy is replaced
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung one may hold a lock; by default it has time to end
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # 0.1 by default
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # 100 by default, in each replica
     "RAY_task_events_report_interval_ms": "0",  # nothing here shows them, and Ray's head would keep them

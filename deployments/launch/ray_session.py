@@ -92,8 +92,8 @@ def ray_session(placement: Placement) -> Iterator[None]:
         finally:
             # Interrupting Ray's shutdown would leave processes behind; it takes little more than a second.
             _set_handlers(signal.SIG_IGN)
-            # Ray prints failures of processes that it has stopped itself.
-            with contextlib.redirect_stdout(io.StringIO()):
+            # Ray prints failures of processes that it has stopped itself, and the log of a daemon that has died.
+            with mute_ray():
                 ray.shutdown()
             if sessions is not None:
                 remove_ended_sessions(sessions)

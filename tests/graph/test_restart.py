@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from tests.graph.serving import Serving, serving
+from tests.soak.load import find_pids
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1500)]
 
@@ -118,3 +120,35 @@ def test_every_job_completes_after_the_service_was_killed(
         assert after == before
         listed = http.get("/v1/videos", params={"limit": 10}).json()["data"]
         assert {job["id"] for job in listed} == {*ids, quick}
+
+
+def stop_while_it_writes(pid: int, path: Path) -> None:
+    """Stop a process at a moment when it holds the write lock of a SQLite file."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+        while time.monotonic() < deadline_s:
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                return
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.003)
+    pytest.fail("it never wrote")
+
+
+@pytest.mark.slow
+def test_a_director_that_hangs_with_the_lock_of_the_database_is_killed(tmp_path: Path, tiny_nano: Path) -> None:
+    """Otherwise no other process could write while it has time to end its requests, which is an hour."""
+    with service(tmp_path, tiny_nano, f"sqlite:///{tmp_path}/jobs.sqlite3") as (app, http):
+        job_id = http.post("/v1/videos", json={**LONG, "num_inference_steps": 300}).json()["id"]
+        deadline_s = time.monotonic() + DEADLINE_S
+        while jobs_of(http, [job_id])[0]["step"] < 5:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        (pid,) = find_pids(app, r"ray::ServeReplica:\w+:Director")
+        stop_while_it_writes(pid, tmp_path / "jobs.sqlite3")
+        (job,) = wait_for_ends(http, [job_id])
+        assert (job["status"], job["attempts"]) == ("completed", 2)
+        assert pid not in app.leftovers()

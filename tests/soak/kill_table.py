@@ -1,8 +1,8 @@
-"""Kill or stop each kind of a loaded app's processes: ``python -m tests.soak.kill_table CHECKPOINT DIRECTORY [KIND]``.
+"""Kill or stop each kind of process of a loaded app: ``python -m tests.soak.kill_table CHECKPOINT DIR [KIND ...]``.
 
-Prints, for each kind or the one that is named, the seconds until the next file of a job that was submitted after the
-kill, and how many accepted jobs were lost. GCS, raylet and agent end the app: for them, the seconds until its exit,
-what it said, and how many jobs the next start completed.
+Prints, for each kind or the ones that are named, the seconds until the next file of a job that was submitted after the
+kill, and how many accepted jobs were lost; first, for comparison, without a kill. GCS, raylet and agent end the app:
+for them, the seconds until its exit, what it said, and how many jobs the next start completed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SERVED = {
 STOPPED = ("Ingress", "Director", "tokenizer")
 """Kinds that are stopped as well, and hang: Serve's checks of their health find it."""
 RAYS = {"GCS": r"/gcs_server ", "raylet": r"/raylet/raylet "}
-_AGENT, _STOP = "agent", "stopped "
+_AGENT, _STOP, _NOTHING = "agent", "stopped ", "nothing"
 _NUM_WAITING = 10
 
 
@@ -45,8 +45,9 @@ def kill_served(directory: Path, checkpoint: str, kinds: list[str]) -> None:
         for kind in kinds:
             num_before, lost_before = len(load.ended), load.num_lost
             killed_s = time.monotonic()
-            number = signal.SIGSTOP if kind.startswith(_STOP) else signal.SIGKILL
-            os.kill(find_pids(app, SERVED[kind.removeprefix(_STOP)])[0], number)
+            if kind != _NOTHING:
+                number = signal.SIGSTOP if kind.startswith(_STOP) else signal.SIGKILL
+                os.kill(find_pids(app, SERVED[kind.removeprefix(_STOP)])[0], number)
             seconds = load.wait_for_file(killed_s)
             time.sleep(2.0)
             jobs = f"{load.num_lost - lost_before} of {len(load.ended) - num_before} jobs lost"
@@ -87,7 +88,7 @@ def main() -> None:
     """Print the table."""
     checkpoint, directory, *kinds = sys.argv[1:]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    served, rays = [*SERVED, *(_STOP + kind for kind in STOPPED)], [*RAYS, _AGENT]
+    served, rays = [_NOTHING, *SERVED, *(_STOP + kind for kind in STOPPED)], [*RAYS, _AGENT]
     if unknown := set(kinds) - {*served, *rays}:
         sys.exit(f"kinds must be among {', '.join(served + rays)} (got {', '.join(unknown)})")
     if chosen := [kind for kind in served if kind in kinds or not kinds]:
