@@ -29,15 +29,21 @@ _HOME = tempfile.TemporaryDirectory(prefix="cosmos3-home-")
 os.environ["HOME"] = _HOME.name
 
 
-# Folders whose tests share what a session starts: Ray, an app, ranks, diffusers, PostgreSQL. The longest come first.
-_SHARING = [f"tests/{name}" for name in ("graph", "parallel", "parity", "app", "jobs")]
+# Files of tests/graph whose tests start a Ray of their own: one of each group at a time, as each needs gigabytes.
+_OWN_RAY = {
+    f"tests/graph/test_{name}.py": group
+    for group, names in {"first": ("restart", "memory", "secrets"), "second": ("cli", "pages", "autoscaling")}.items()
+    for name in names
+}
+# What shares something that a session starts: Ray, an app, ranks, diffusers, PostgreSQL. The longest come first.
+_SHARING = ["tests/graph", "first", "second", *(f"tests/{name}" for name in ("parallel", "parity", "app", "jobs"))]
 
 
 def _scope(nodeid: str) -> str:
-    """Return what runs on one worker: a folder of :data:`_SHARING`, else a file."""
+    """Return what runs on one worker: what shares something, else a file."""
     file = nodeid.split("::")[0]
     folder = file.rpartition("/")[0]
-    return folder if folder in _SHARING else file
+    return _OWN_RAY.get(file, folder if folder in _SHARING else file)
 
 
 @pytest.hookimpl(trylast=True)

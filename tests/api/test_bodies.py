@@ -239,7 +239,7 @@ def test_stream_is_a_boolean() -> None:
 
 def test_an_error_escapes_unprintable_text() -> None:
     deep: Any = []
-    for _ in range(5000):
+    for _ in range(100_000):
         deep = [deep]
     assert str(RequestError("seed", deep, "a number")) == "seed must be a number (got a list nested too deep to print)"
 

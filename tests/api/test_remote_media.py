@@ -6,7 +6,8 @@ import asyncio
 import re
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
@@ -49,14 +50,18 @@ class Server:
     port: int = 0
     requests: list[str] = field(default_factory=list)
 
-    async def serve(self, tls: ssl.SSLContext | None = None) -> asyncio.Server:
+    @asynccontextmanager
+    async def serve(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
         server = await asyncio.start_server(self._handle, LOOPBACK, 0, ssl=tls)
         self.port = server.sockets[0].getsockname()[1]
         # Redirects name the port, known only here.
         for path, given in self.answers.items():
             if isinstance(given, bytes):
                 self.answers[path] = given.replace(b"PORT", str(self.port).encode())
-        return server
+        try:
+            yield
+        finally:
+            server.close()  # as a context manager it waits for clients too, from Python 3.12 on
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -107,8 +112,7 @@ def fetch(
     server = server or Server(answers)
 
     async def body() -> bytes:
-        listening = await server.serve()
-        async with listening:
+        async with server.serve():
             given = {
                 "enabled": True,
                 "hosts": tuple(host.replace("PORT", str(server.port)) for host in hosts),
@@ -530,7 +534,7 @@ def fetch_by_tls(host: str, trusted: bool) -> bytes:
         names: list[str | None] = []
         served.sni_callback = lambda socket, name, context: names.append(name)
         server = Server({"/": answer(b"by tls"), "/down": redirect(f"http://{HOST}:PORT/")})
-        async with await server.serve(served):
+        async with server.serve(served):
             spec = RemoteMediaConfig(enabled=True, hosts=(f"{HOST}:{server.port}", f"{OTHER}:{server.port}"))
             tls = ssl.create_default_context(cafile=str(CERTIFICATE)) if trusted else None
             media = RemoteMediaFetcher(spec, resolve=Resolver(), is_allowed_address=loopback_or_public, tls=tls)
@@ -560,7 +564,7 @@ def test_a_redirect_from_https_to_http_is_refused() -> None:
         served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         served.load_cert_chain(CERTIFICATE)
         server = Server({"/": redirect(f"http://{OTHER}/")})
-        async with await server.serve(served):
+        async with server.serve(served):
             spec = RemoteMediaConfig(enabled=True, hosts=(f"{HOST}:{server.port}", OTHER), schemes=("http", "https"))
             tls = ssl.create_default_context(cafile=str(CERTIFICATE))
             resolver = Resolver()
@@ -577,7 +581,7 @@ def test_concurrent_fetches_are_bounded_and_waiting_counts_towards_the_deadline(
 ) -> None:
     async def body() -> None:
         server = Server({"/slow": silence, "/": answer(b"x")})
-        async with await server.serve():
+        async with server.serve():
             spec = RemoteMediaConfig(enabled=True, hosts=(f"{HOST}:{server.port}",), schemes=("http",), timeout_s=0.5)
             media = RemoteMediaFetcher(spec, resolve=Resolver(), is_allowed_address=loopback_or_public)
             url = f"http://{HOST}:{server.port}"

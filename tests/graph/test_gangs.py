@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -212,25 +211,27 @@ def test_an_image_overtakes_queued_videos(gang_app: Any, undisturbed: str) -> No
     with ThreadPoolExecutor(len(streams)) as pool:
         futures = [pool.submit(follow, index) for index in range(len(streams))]
         try:
-            deadline_s = time.monotonic() + DEADLINE_S
-            while time.monotonic() < deadline_s:
-                is_full = num_seen(QueuePosition) >= 3 and num_seen(StepDone) >= 1
-                if is_full and num_seen(messages.Tokenized) == len(streams):
-                    break
-                time.sleep(0.02)
-            events = list(gang_app.client.stream(IMAGE, timeout_s=DEADLINE_S))
+            assert eventually(lambda: num_seen(StepDone) > 0, DEADLINE_S)
+            rank_pid = next(event.pid for events in seen for event in events if isinstance(event, StepDone))
+            os.kill(rank_pid, signal.SIGSTOP)
+            try:
+                assert eventually(lambda: num_seen(QueuePosition) >= 3, DEADLINE_S)
+                assert eventually(lambda: num_seen(messages.Tokenized) == len(streams), DEADLINE_S)
+                image = gang_app.client.stream(IMAGE, timeout_s=DEADLINE_S)
+                events = [next(event for event in image if isinstance(event, QueuePosition))]
+            finally:
+                os.kill(rank_pid, signal.SIGCONT)
+            events += image
             assert num_seen(messages.LatentsReady) == 0, "no video was done before the image"
             assert all_of(QueuePosition, events)[0].position == 0
             assert one(messages.Finished, events).frames_sha256 == expected
-            while num_seen(messages.Finished) == 0 and time.monotonic() < deadline_s:
-                time.sleep(0.02)
+            assert eventually(lambda: num_seen(messages.Finished) > 0, DEADLINE_S)
         finally:
             for stream in streams:
                 stream.close()
         for future in futures:
             future.exception(timeout=DEADLINE_S)
     finished = [event for events in seen for event in events if isinstance(event, messages.Finished)]
-    assert finished
     assert {event.frames_sha256 for event in finished} == {undisturbed}, "passed over, and none the worse"
 
 
