@@ -20,11 +20,11 @@ from typing import Any
 from ray.exceptions import RayError
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, OutOfMemory, OverloadedError, PreviewFailed, StepLeft
+from cluster.errors import DeadlineExceeded, GangFailed, OutOfMemory, OverloadedError, PreviewFailed, StepAbandoned
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.gang import Gang
 from cluster.gang_meter import BusyClock, GangMeter
-from cluster.layer_gate import leave_step
+from cluster.layer_gate import abandon_step
 from cluster.leader_loop import LeaderLoop
 from cluster.logs import LogOrigin, log_event
 from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
@@ -40,8 +40,8 @@ logger = logging.getLogger("ray.serve")
 _QUANTUM_S = 0.25
 # A gang counts as hung when a quantum takes this many times as long as the last one, and longer than the floor.
 _PATIENCE = 20
-# A step that goes on for so long after its caller has left is left as well.
-_LONG_STEP_S = 1.0
+# Seconds that a step may go on after its caller has gone; then it is abandoned between two layers.
+_ABANDON_AFTER_S = 1.0
 # Saving states may take this share of a gang's time.
 _SAVING_SHARE = 0.05
 
@@ -51,7 +51,7 @@ class LoopSpec:
     """How a leader runs its gang.
 
     Attributes:
-        max_jobs: bound on the requests of one class of urgency, the running one included.
+        max_jobs: bound on the requests of one lane, the running one included.
         max_held_bytes: bound on the memory that begun requests hold on each rank; one may always run.
         text_cache_bytes: bound on the memory of kept prompts on each rank.
         save_period_s: between two saved states of a running request.
@@ -101,7 +101,7 @@ class _Job:
     start_s: float
     updates: asyncio.Queue[Update | Exception] = field(default_factory=asyncio.Queue)
     position: int | None = None
-    left: asyncio.Event = field(default_factory=asyncio.Event)  # set when its caller leaves
+    caller_gone: asyncio.Event = field(default_factory=asyncio.Event)
     has_begun: bool = False
     step_s: float | None = None
     save_at_s: float = 0.0
@@ -194,7 +194,7 @@ class EngineLoop(LeaderLoop[_Job]):
                     return
         finally:
             # Only a flag, and only the loop acts on it: a task that is being cancelled must not call the ranks.
-            job.left.set()
+            job.caller_gone.set()
             self._wake.set()
 
     async def _work(self) -> None:
@@ -215,7 +215,7 @@ class EngineLoop(LeaderLoop[_Job]):
     async def _drop_abandoned(self) -> None:
         """Drop requests whose caller has left or died, and those past their deadline."""
         for job in list(self._scheduler):
-            if job.left.is_set() or self._now_s() >= job.deadline_s:
+            if job.caller_gone.is_set() or self._now_s() >= job.deadline_s:
                 job.updates.put_nowait(DeadlineExceeded("denoise", job.limit_s))
                 await self._remove(job)
 
@@ -229,7 +229,7 @@ class EngineLoop(LeaderLoop[_Job]):
         self._pending_drops = orders.drop
         start_s = self._now_s()
         try:
-            await self._gang.call_refusable(
+            await self._gang.call_or_refuse(
                 "begin",
                 job.try_id,
                 job.request,
@@ -271,7 +271,7 @@ class EngineLoop(LeaderLoop[_Job]):
             timeout_s = max(self._spec.quantum_timeout_s, _PATIENCE * job.step_s * num_steps)
         try:
             reports = await self._step(job, num_steps, timeout_s)
-        except StepLeft as error:
+        except StepAbandoned as error:
             self._log(job, "gang left a step", layer=error.layer)
             return
         except OutOfMemory as error:
@@ -299,18 +299,18 @@ class EngineLoop(LeaderLoop[_Job]):
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
 
     async def _step(self, job: _Job, num_steps: int, timeout_s: float) -> list[StepReport]:
-        """Run steps on all ranks; raise StepLeft if the caller left, or the time was up, in the midst of a long one."""
+        """Run steps on all ranks; raise StepAbandoned if its caller went, or its time was up, during a long one."""
         call = asyncio.ensure_future(
-            self._gang.call_refusable("step", job.try_id, num_steps, phase="step", timeout_s=timeout_s)
+            self._gang.call_or_refuse("step", job.try_id, num_steps, phase="step", timeout_s=timeout_s)
         )
-        left = asyncio.ensure_future(job.left.wait())
-        left_s = max(0.0, job.deadline_s - self._now_s())
-        await asyncio.wait((call, left), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        left.cancel()
-        await asyncio.wait((call,), timeout=_LONG_STEP_S)
+        caller_gone = asyncio.ensure_future(job.caller_gone.wait())
+        remaining_s = max(0.0, job.deadline_s - self._now_s())
+        await asyncio.wait((call, caller_gone), timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
+        caller_gone.cancel()
+        await asyncio.wait((call,), timeout=_ABANDON_AFTER_S)
         if not call.done():
             with contextlib.suppress(TimeoutError, RayError):  # the call of the step says why
-                await leave_step(self._gang.call_gates)
+                await abandon_step(self._gang.call_gates)
         return await call
 
     async def _preview(self, job: _Job, order: PreviewOrder, last: StepDone) -> None:
@@ -327,7 +327,7 @@ class EngineLoop(LeaderLoop[_Job]):
                 MAX_FRAMES,
                 phase="step",
                 timeout_s=self._spec.quantum_timeout_s,
-                passes_on=PreviewFailed,
+                reraises=PreviewFailed,
             )
         except PreviewFailed as error:
             self._end_previews(job, error.reason)

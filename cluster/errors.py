@@ -5,7 +5,7 @@
         ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
         │   └── GangLost      the same, for a request that the gang was not working on
         ├── OutOfMemory       a request does not fit into a device's memory; not tried again
-        ├── StepLeft          a step was left between two layers; the state before it is valid
+        ├── StepAbandoned          a step was left between two layers; the state before it is valid
         ├── PreviewFailed     a preview could not be made; the request continues without previews
         ├── StreamClosed      the other end of a clip's stream gave up
         ├── OverloadedError   a bound was reached; try again later
@@ -65,7 +65,7 @@ class OutOfMemory(ClusterError):
         return f"the request does not fit into a device's memory; ask for fewer frames or a smaller size: {self.what}"
 
 
-class StepLeft(ClusterError):
+class StepAbandoned(ClusterError):
     """A denoising step was left before its layer number ``layer``, counted over all its forward passes."""
 
     def __init__(self, layer: int) -> None:

@@ -97,7 +97,7 @@ class Gang:
                 await gang.call("join", address, port, phase="meet", timeout_s=spec.start_timeout_s)
                 logger.info("gang 3/5 meet: %s ranks at %s:%s", spec.rank.num_ranks, address, port)
             loaded: list[Loaded] = await gang.call(
-                "load", phase="load", timeout_s=spec.start_timeout_s, passes_on=Cosmos3Error
+                "load", phase="load", timeout_s=spec.start_timeout_s, reraises=Cosmos3Error
             )
             gang.loaded = loaded[0]
             logger.info("gang 4/5 load: %.1f s, %s", max(it.seconds for it in loaded), loaded[0].ops)
@@ -115,11 +115,11 @@ class Gang:
         *arguments: Any,
         phase: str,
         timeout_s: float,
-        passes_on: type[Cosmos3Error] | tuple[()] = (),
+        reraises: type[Cosmos3Error] | tuple[()] = (),
     ) -> Any:
         """Call a method on rank 0 alone; otherwise as :meth:`call`."""
         alone = Gang(self._actors[:1])
-        return (await alone.call(method, *arguments, phase=phase, timeout_s=timeout_s, passes_on=passes_on))[0]
+        return (await alone.call(method, *arguments, phase=phase, timeout_s=timeout_s, reraises=reraises))[0]
 
     async def call(
         self,
@@ -127,7 +127,7 @@ class Gang:
         *arguments: Any,
         phase: str,
         timeout_s: float,
-        passes_on: type[Cosmos3Error] | tuple[()] = (),
+        reraises: type[Cosmos3Error] | tuple[()] = (),
     ) -> list[Any]:
         """Call a method on every rank and wait for all of them; the first failure fails the call.
 
@@ -135,7 +135,7 @@ class Gang:
             method, arguments: of the ranks' class.
             phase: for messages.
             timeout_s: for all of them.
-            passes_on: errors to raise as they are, not as a :class:`GangFailed`.
+            reraises: errors to raise as they are, not as a :class:`GangFailed`.
 
         Returns:
             The results in rank order.
@@ -146,11 +146,11 @@ class Gang:
         calls = await self._await_first_failure(method, arguments, timeout_s)
         errors = _collect_errors(calls)
         for error in errors.values():
-            if isinstance(error, passes_on):
+            if isinstance(error, reraises):
                 raise error
         return _collect_results(calls, errors, method, phase, timeout_s)
 
-    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_or_refuse(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         """Call as :meth:`call`, but let the ranks refuse: all of them alike, or the gang has failed.
 
         Out of memory is a refusal only for a rank alone. Several may have broken off an exchange, and the next request

@@ -34,14 +34,14 @@ class _Call:
 
 
 class GangCalls(LeaderLoop[_Call]):
-    """Queue of the calls to one gang. Its callers bound it: each has one call at a time, and one at its end."""
+    """Queue of the calls to one gang. Its callers bound it: each has at most one call, and one that ends its clip."""
 
     def __init__(self, gang: Gang, on_failure: Callable[[], None]) -> None:
         super().__init__(gang, on_failure)
         self._calls: asyncio.Queue[_Call] = asyncio.Queue()
 
     async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
-        """Call a method on every rank, in its turn; return the results in rank order. See :meth:`Gang.call_refusable`.
+        """Call a method on every rank, in its turn; return the results in rank order. See :meth:`Gang.call_or_refuse`.
 
         Args:
             timeout_s: from the call's turn on.
@@ -108,8 +108,8 @@ class GangCalls(LeaderLoop[_Call]):
     async def _call_gang(self, call: _Call) -> Any:
         limits: dict[str, Any] = {"phase": call.phase, "timeout_s": call.timeout_s}
         if call.is_for_rank_0:
-            return await self._gang.call_rank_0(call.method, *call.arguments, **limits, passes_on=Cosmos3Error)
-        return await self._gang.call_refusable(call.method, *call.arguments, **limits)
+            return await self._gang.call_rank_0(call.method, *call.arguments, **limits, reraises=Cosmos3Error)
+        return await self._gang.call_or_refuse(call.method, *call.arguments, **limits)
 
     def _pop_all(self) -> list[_Call]:
         waiting = [self._calls.get_nowait() for _ in range(self._calls.qsize())]

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-from cluster.errors import StepLeft
+from cluster.errors import StepAbandoned
 
 # How far beyond the foremost rank the leader names a layer at first; twice as far each time that this was too near.
 _FIRST_MARGIN = 2
@@ -56,7 +56,7 @@ class LayerGate:
             self._position, self._decision = None, _Decision.NONE
 
     def enter_layer(self) -> None:
-        """Go on to the next layer, which may mean to wait for the leader; raise StepLeft if the step is left here."""
+        """Go on to the next layer, perhaps after a wait for the leader; raise StepAbandoned if the step ends here."""
         with self._changed:
             if self._position is None:
                 return
@@ -64,7 +64,7 @@ class LayerGate:
             if self._decision is not _Decision.NONE and num_entered == self._hold_at:
                 self._changed.wait_for(lambda: self._decision is not _Decision.HOLD, timeout=_HOLD_S)
                 if self._decision is _Decision.LEAVE:
-                    raise StepLeft(num_entered)
+                    raise StepAbandoned(num_entered)
                 self._decision = _Decision.NONE
             self._position = self._position._replace(num_entered=num_entered + 1)
 
@@ -94,7 +94,7 @@ CallGates = Callable[..., Awaitable[list[Any]]]
 """Calls a method of every rank's gate, beside the step that runs; returns the answers in rank order."""
 
 
-async def leave_step(call: CallGates) -> bool:
+async def abandon_step(call: CallGates) -> bool:
     """Have all ranks leave the step that they run; return False if it ends first, or some rank has no layers in it."""
     margin = _FIRST_MARGIN
     while True:

@@ -76,7 +76,7 @@ class LeaderLoop(ABC, Generic[ItemT]):
         """Fail every item; only the running one may be to blame."""
         self.failure = error
         # Only some ranks were out of memory: the running item's fault, but the gang has failed.
-        own = error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error
+        running_error = error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error
         for item in self._pop_all():
-            self._answer(item, own if item is self._running else GangLost.of(error))
+            self._answer(item, running_error if item is self._running else GangLost.of(error))
         self._on_failure()

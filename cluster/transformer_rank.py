@@ -37,8 +37,8 @@ _WARM_UP = DenoiseRequest(
 )
 
 
-# Of a longer step each layer is awaited, not just queued on the device: such a step may be left between two.
-_LONG_STEP_S = 2.0
+# Of a longer step each layer is awaited, not just queued on the device: only then can it be abandoned between two.
+_AWAIT_LAYERS_ABOVE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class TransformerRank(Rank):
     def step(self, try_id: str, num_steps: int) -> StepReport:
         """Run up to ``num_steps`` steps of a request; on OutOfMemory nothing of it is kept.
 
-        Raise StepLeft if the leader has all ranks leave a step: the request is as before the call.
+        Raise StepAbandoned if the leader has all ranks leave a step: the request is as before the call.
         """
         from cosmos3_core.device import synchronize
 
@@ -197,7 +197,7 @@ class TransformerRank(Rank):
         with self._log.resume(try_id, "step"):
             self._jobs[try_id] = run_within_memory(self._device, step, lambda: self.end(try_id))
         seconds = time.perf_counter() - start_s
-        self._awaits_layers = seconds > _LONG_STEP_S * len(done)
+        self._awaits_layers = seconds > _AWAIT_LAYERS_ABOVE_S * len(done)
         return StepReport(tuple(StepDone(*it, seconds / len(done), os.getpid()) for it in done), seconds)
 
     def read_state(self, try_id: str) -> TensorEnvelope:

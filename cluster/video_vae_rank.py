@@ -44,14 +44,14 @@ class VideoVAESpec(RankSpec):
     Attributes:
         num_ranks: ranks that split a frame.
         chunk_latents: latent frames per chunk after the first; None lets the VAE choose by the frames' size.
-        is_card_by_rank: rank i uses card i of the node, not one assigned by Ray.
+        uses_card_of_rank: rank i uses card i of the node, instead of one assigned by Ray.
         preview_cache_dir: directory of a node's fitted preview maps; None for no cache.
     """
 
     num_ranks: int = 1
     latent_channels: int = field(default=48, kw_only=True)
     chunk_latents: int | None = field(default=None, kw_only=True)
-    is_card_by_rank: bool = field(default=False, kw_only=True)
+    uses_card_of_rank: bool = field(default=False, kw_only=True)
     preview_cache_dir: str | None = field(default=None, kw_only=True)
 
     @property
@@ -92,7 +92,7 @@ class VideoVAERank(Rank):
     def __init__(self, rank: int, spec: VideoVAESpec) -> None:
         super().__init__(rank, spec)
         self._chunk_latents = spec.chunk_latents
-        self._is_card_by_rank = spec.is_card_by_rank
+        self._is_card_by_rank = spec.uses_card_of_rank
         self._preview_cache_dir = spec.preview_cache_dir
         self._group: RankGroup | None = None
         self._clips: dict[str, tuple[int, Iterator[Frames]]] = {}

@@ -104,7 +104,7 @@ def make_vae_gang_spec(config: AppConfig, checkpoint: CheckpointLayout) -> GangS
         stage.ranks,
         latent_channels=checkpoint.vae.z_dim,
         chunk_latents=stage.chunk_latents,
-        is_card_by_rank=stage.beside_transformer,
+        uses_card_of_rank=stage.beside_transformer,
         preview_cache_dir=None if stage.preview_cache_dir is None else str(stage.preview_cache_dir),
         collective_timeout_s=2 * max(stage.start_timeout_s, stage.first_chunk_timeout_s, stage.chunk_timeout_s),
     )

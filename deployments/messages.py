@@ -240,6 +240,13 @@ class StageRetried(Event):
 
 
 @dataclass(frozen=True)
+class StageFull(Event):
+    """A stage is full; the request waits for a place in it."""
+
+    stage: str
+
+
+@dataclass(frozen=True)
 class ClipEncoded(Event):
     """The file is complete."""
 

@@ -35,10 +35,10 @@ _MAX_VALUES = 1_000_000
 # A bound of our own: Python's depends on the stack, and what one thread can read, another cannot print.
 _MAX_DEPTH = 100
 _TOO_DEEP = f"its lists and objects lie deeper in each other than the {_MAX_DEPTH} levels that are allowed"
-# For a whole body of any size.
+# Seconds for a whole body of any size.
 _UPLOAD_S = 600.0
-# How far a client may fall behind the least pace before its connection is closed.
-_IDLE_S = 30.0
+# Seconds that a client may fall behind the least pace before its connection is closed.
+_MAX_LAG_S = 30.0
 _LEAST_BYTES_PER_S = 64 * 1024
 # Retry-After where memory is short: an upload takes seconds.
 _RETRY_S = 5.0
@@ -60,7 +60,7 @@ class MemoryBudget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.taken_bytes = max_bytes, 0
         self.large_parse = asyncio.Lock()
-        """Held while a large body is parsed, which no other thread can interrupt: they would follow at once."""
+        """Held while a large body is parsed, which keeps Python's lock: others run between two of them."""
 
     @contextmanager
     def reserve(self) -> Iterator[Reservation]:
@@ -95,17 +95,20 @@ class Reservation:
         """Grow the reservation to so many bytes; raise OverloadedError if there is no room."""
         if num_bytes > self.num_bytes:
             self.check(num_bytes - self.num_bytes)
-            self.grow_past_bound_by(num_bytes - self.num_bytes)
+            self._add(num_bytes - self.num_bytes)
 
     def shrink_to(self, num_bytes: int) -> None:
         """Release all but so many bytes."""
-        self.grow_past_bound_by(num_bytes - self.num_bytes)
+        self._add(num_bytes - self.num_bytes)
 
     def grow_past_bound_by(self, num_bytes: int) -> None:
         """Reserve so many more bytes, even beyond the bound: the result of an accepted request is not refused.
 
         New bodies are refused until there is room again.
         """
+        self._add(num_bytes)
+
+    def _add(self, num_bytes: int) -> None:
         self._budget.taken_bytes += num_bytes
         self.num_bytes += num_bytes
 
@@ -145,7 +148,7 @@ async def read_fields(
                     return await run_in_thread(_parse_json, data)
             return nest_fields(await run_in_thread(_parse_urlencoded, data), lists)
     except TimeoutError:
-        behind = f"be at most {_IDLE_S:g} s behind {_LEAST_BYTES_PER_S} bytes a second"
+        behind = f"be at most {_MAX_LAG_S:g} s behind {_LEAST_BYTES_PER_S} bytes a second"
         raise BodyError(408, "body_too_slow", f"the body must come within {_UPLOAD_S:g} s, and {behind}") from None
     except ClientDisconnect:
         raise BodyError(400, "body_incomplete", "the connection was closed before the end of the body") from None
@@ -169,7 +172,7 @@ async def _limit_chunks(
     kind: str, request: Request, max_bytes: int, reserved: Reservation
 ) -> AsyncGenerator[bytes, None]:
     num_bytes = 0
-    left_s = _IDLE_S
+    left_s = _MAX_LAG_S
     chunks = request.stream()
     while True:
         wait_from_s = time.monotonic()
@@ -184,7 +187,7 @@ async def _limit_chunks(
         reserved.grow_to(num_bytes)
         yield chunk
         # Capped: a fast start earns no right to be slow later, when the body holds more memory.
-        left_s = min(left_s - waited_s + len(chunk) / _LEAST_BYTES_PER_S, _IDLE_S)
+        left_s = min(left_s - waited_s + len(chunk) / _LEAST_BYTES_PER_S, _MAX_LAG_S)
 
 
 def _too_large(kind: str, max_bytes: int) -> BodyError:

@@ -5,7 +5,7 @@ with h11, whose buffer is bounded. A front server of our own would add a hop to 
 listens on all interfaces and takes 30 s to stop. Bodies go on to a replica through a queue of Serve's that has no
 bound, and all that lies in it is packed as one message: :class:`_BodyWindow` keeps it short.
 
-Serve calls :func:`make_middlewares` in each proxy, as :data:`CALLBACK_VARIABLE` tells it. The command line sets that
+Serve calls :func:`make_middlewares` in each proxy, as :data:`CALLBACK_SETTING` tells it. The command line sets that
 for the Ray that it starts; nodes of other clusters need it in their environment.
 """
 
@@ -31,7 +31,7 @@ from deployments.process_memory import LARGE_BYTES, give_memory_back
 
 logger = logging.getLogger("ray.serve")
 
-CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.proxy_guard.make_middlewares"
+CALLBACK_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.proxy_guard.make_middlewares"
 """The setting by which Serve's proxies use this module."""
 
 MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
@@ -98,7 +98,7 @@ class ProxyGuard:
         async def send_json(message: Message) -> None:
             nonlocal replaced, is_started
             if message["type"] == "http.response.start":
-                replaced = _replace_serves_error(message)
+                replaced = _replace_error_of_serve(message)
                 is_started = replaced is None
             if replaced is None:
                 await send(message)
@@ -111,10 +111,10 @@ class ProxyGuard:
         except Exception as error:
             if is_started:
                 raise
-            is_own_fault = not isinstance(error, UnicodeDecodeError)  # Serve reads some headers as UTF-8
-            if is_own_fault:
+            is_bad_request = isinstance(error, UnicodeDecodeError)  # Serve reads some headers as UTF-8
+            if not is_bad_request:
                 logger.exception("the proxy failed at %s %s", scope["method"], scope["path"])
-            await _respond(_LOST if is_own_fault else _NOT_UTF8)(scope, receive, send)
+            await _respond(_NOT_UTF8 if is_bad_request else _LOST)(scope, receive, send)
         finally:
             if window.num_bytes > LARGE_BYTES:
                 give_memory_back()
@@ -132,8 +132,8 @@ class _BodyPart(dict[str, Any]):
 class _BodyWindow:
     """Receives a request's body no faster than its replica fetches it, so that a slow one does not fill this process.
 
-    Serve drops a part when the replica has fetched it; nothing else tells. Serve's own time for a request is the
-    deadline of the wait.
+    Serve drops a part when the replica has fetched it; nothing else tells. Serve ends the wait with the request: when
+    the replica has answered, or has died.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -144,7 +144,7 @@ class _BodyWindow:
 
     async def __call__(self) -> Message:
         """Return the next message, once there is room for it."""
-        while self._num_waiting > _MAX_WAITING_PARTS:
+        while self._num_waiting >= _MAX_WAITING_PARTS:
             self._has_fetched.clear()
             await self._has_fetched.wait()
         message = await self._receive()
@@ -161,7 +161,7 @@ class _BodyWindow:
         self._has_fetched.set()
 
 
-def _replace_serves_error(start: Message) -> JSONResponse | None:
+def _replace_error_of_serve(start: Message) -> JSONResponse | None:
     """Return what is sent instead of an answer that begins so; None if it is the app's own, or no error."""
     headers = Headers(raw=start["headers"])
     if start["status"] < 400 or _OWN_MARK in headers or not headers.get("content-type", "").startswith("text/plain"):
@@ -210,7 +210,7 @@ class BoundedProtocol(H11Protocol):
         self._is_half_closed = False
 
     def connection_made(self, transport: Any) -> None:
-        """Start the time of the first request's head."""
+        """Start the timer of the first request's head."""
         super().connection_made(transport)
         self._start_timer()
 
@@ -222,7 +222,7 @@ class BoundedProtocol(H11Protocol):
             self._stop_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the time with the connection."""
+        """Stop the timer of heads."""
         self._stop_timer()
         super().connection_lost(exc)
 

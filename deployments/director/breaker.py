@@ -18,13 +18,13 @@ from deployments.threads import run_in_thread, start_task
 
 logger = logging.getLogger("ray.serve")
 
-# Between two probes.
+# Seconds between two probes.
 _PROBE_S = 1.0
-# Before one job is tried where there is no probe; twice as long after each failure.
+# Seconds before one job is tried where there is no probe; twice as many after each failure.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-# For callers who are rejected.
+# What rejected callers are told to wait.
 _RETRY_AFTER_S = 5
-# Jobs in a row that have lost a stage's processes: one alone may itself be the reason.
+# So many jobs in a row that have lost a stage's processes open the breaker: one alone may itself be the reason.
 _MAX_LOSSES = 2
 
 
@@ -45,11 +45,11 @@ class Breaker:
 
     Args:
         probes: code of a fault -> raises while the fault lasts; run in a thread. Faults without one have a pause.
-        on_close: called when the last fault has passed.
+        on_may_claim: called when a job may be claimed again: the last fault has passed, or one job is to be tried.
     """
 
-    def __init__(self, probes: Mapping[str, Callable[[], object]], on_close: Callable[[], None]) -> None:
-        self._probes, self._on_close = probes, on_close
+    def __init__(self, probes: Mapping[str, Callable[[], object]], on_may_claim: Callable[[], None]) -> None:
+        self._probes, self._on_close = probes, on_may_claim
         self._faults: dict[str, _Fault] = {}
         self._num_losses = 0
 
@@ -85,8 +85,12 @@ class Breaker:
 
     @property
     def faults(self) -> list[str]:
-        """The faults that keep jobs from being begun, each as code and reason."""
+        """The faults that keep jobs from being begun: each a code, with a reason behind it where one is known."""
         return [fault.what for fault in self._faults.values()]
+
+    def has_fault(self, code: str) -> bool:
+        """Return whether there is a fault of this code."""
+        return code in self._faults
 
     def check(self) -> None:
         """Raise ApiError 503 while there is a fault: a new request would only wait."""

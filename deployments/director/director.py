@@ -56,9 +56,9 @@ class Director:
         self._config = config
         await asyncio.to_thread(self._open, stages.streaming())
         check = self._admission.check
-        self._runner = JobRunner(self._jobs, self._model.id, config.jobs, check, self._make_pipeline)
+        deadlines = StageDeadlines.of(config)
+        self._runner = JobRunner(self._jobs, self._model.id, config.jobs, check, deadlines, self._make_pipeline)
         self._maintenance = Maintenance(self._jobs, self._model.id, config.jobs).start()
-        self._deadlines = StageDeadlines.of(config)
         self._remixes = asyncio.Semaphore(_MAX_REMIXES)
         self._is_draining = False
 
@@ -208,7 +208,7 @@ class Director:
 
     async def list_faults(self) -> list[str]:
         """Return what keeps jobs from being begun or from going on, in a few words each; empty if nothing does."""
-        return self._runner.list_faults(self._deadlines)
+        return self._runner.list_faults()
 
     async def drain(self) -> int:
         """Reject new requests from now on; return the number of jobs in hand."""
@@ -225,7 +225,7 @@ class Director:
         await self._runner.release()
 
     async def num_open_clips(self) -> int:
-        """Return the number of clips between decoder and encoder; 0 when idle."""
+        """Return the number of clips between decoder and encoder in the newest actor of their streams; 0 when idle."""
         return int(await self._clip_actors.current.num_open.remote())
 
     def _context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:

@@ -14,10 +14,11 @@ from cosmos3_core.errors import RequestError
 from deployments.director.retries import retry_stage
 from deployments.errors import GuardrailUnavailable
 from deployments.failures import is_lost
-from deployments.messages import FramesChecked, RequestContext, StageRetried, TextChecked
+from deployments.messages import FramesChecked, RequestContext, StageFull, StageRetried, TextChecked
 from deployments.stages.streams import follow_stream, wait_within
 
 _STAGE = "guardrail"
+_Wait = StageRetried | StageFull
 # For a prompt whose caller waits for admission; the second attempt covers a dead replica.
 _MAX_ATTEMPTS = 2
 # On top of the adapter's own timeout, for prompts ahead in its queue and for the call itself.
@@ -69,19 +70,19 @@ class PromptCheck:
         except StageFailed:
             raise GuardrailUnavailable("prompt") from None
 
-    async def check_job(self, context: RequestContext, max_attempts: int, prompt: str) -> AsyncIterator[StageRetried]:
+    async def check_job(self, context: RequestContext, max_attempts: int, prompt: str) -> AsyncIterator[_Wait]:
         """Check a job's prompt unless this process has done so; wait for a guardrail that is not up yet.
 
         Raise as :meth:`check_at_admission`, and StageFailed if the attempts are used up.
         """
         if _digest(prompt) not in self._passed:
             async for item in self._check(context, max_attempts, prompt):
-                if isinstance(item, StageRetried):
+                if not isinstance(item, TextChecked):
                     yield item
 
     async def _check(
         self, context: RequestContext, max_attempts: int, prompt: str, *, waits_when_full: bool = True
-    ) -> AsyncIterator[StageRetried | TextChecked]:
+    ) -> AsyncIterator[_Wait | TextChecked]:
         async def attempt(context: RequestContext) -> AsyncIterator[TextChecked]:
             yield await self._check_once(context, prompt)
 
@@ -112,7 +113,7 @@ class PassedChunk:
 
 async def check_chunk(
     handle: Any, context: RequestContext, max_attempts: int, chunk_ref: Any
-) -> AsyncIterator[StageRetried | PassedChunk]:
+) -> AsyncIterator[_Wait | PassedChunk]:
     """Check a chunk of frames with the Guardrails deployment; :class:`PassedChunk` is the last item.
 
     Raises:

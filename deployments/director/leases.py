@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.errors import ShuttingDown
+from cluster.errors import ShuttingDown, StageFailed
 from deployments.director.progress import JobProgress
 from deployments.director.recorder import SavedStates
 from deployments.errors import JobCancelled, JobsError, LeaseLost
@@ -22,7 +22,7 @@ logger = logging.getLogger("ray.serve")
 RESTART_S = 30.0
 """About how long a restart of the app takes."""
 
-# Renewals per lease; two may fail.
+# Renewals per lease while no job runs.
 _RENEWALS_PER_LEASE = 4
 # Lease periods after which a runner that cannot renew stops its jobs. Stopping sooner would cost work and gain nothing:
 # if two runners have one job for a while, only one can record its end.
@@ -37,6 +37,7 @@ class StopReason(StrEnum):
     LOST = "it was deleted, or another runner has it"
     DATABASE_AWAY = "the database of jobs cannot be used"
     UNRECORDABLE = "nothing more about it can be recorded"
+    STAGE_LOST = "a stage does not answer"
     GIVEN_BACK = "given back"
     SHUT_DOWN = "the app is being stopped"
     CALLER_LEFT = "its caller has left"
@@ -50,7 +51,7 @@ class ClaimedJob:
     Attributes:
         job: as claimed; its ``media_id`` is that of an earlier run.
         is_interruptible: whether stopping cancels the task; its begin and its end run to completion.
-        database_error: the error behind ``StopReason.UNRECORDABLE``.
+        fault: the error behind ``StopReason.UNRECORDABLE`` or ``STAGE_LOST``.
         media_id: of the file that this run writes; "" before.
         progress: of its pipeline, once that has begun.
     """
@@ -60,15 +61,15 @@ class ClaimedJob:
     claimed_s: float = field(default_factory=lambda: time.monotonic())
     is_interruptible: bool = False
     stop_reason: StopReason | None = None
-    database_error: JobsError | None = None
+    fault: JobsError | StageFailed | None = None
     saved_states: SavedStates | None = None
     media_id: str = ""
     progress: JobProgress | None = None
 
-    def stop(self, reason: StopReason, database_error: JobsError | None = None) -> None:
+    def stop(self, reason: StopReason, fault: JobsError | StageFailed | None = None) -> None:
         """Stop it, unless it is being stopped already."""
         if self.stop_reason is None:
-            self.stop_reason, self.database_error = reason, database_error
+            self.stop_reason, self.fault = reason, fault
             if self.is_interruptible and self.task is not None:
                 self.task.cancel()
 
@@ -86,8 +87,8 @@ class ClaimedJob:
             return ShuttingDown(RESTART_S)
         if self.stop_reason is StopReason.DATABASE_AWAY:
             return JobsError(f"{self.job.job_id}: {self.stop_reason}")
-        if self.database_error is not None:
-            return self.database_error
+        if self.fault is not None:
+            return self.fault
         return JobCancelled(self.job.job_id, self.stop_reason or "its pipeline ended without a result")
 
 

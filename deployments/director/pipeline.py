@@ -180,7 +180,7 @@ class Pipeline:
                     yield item
                 return
             except Exception as error:
-                # The gang is full or away and has done nothing of the request; the next one may have room.
+                # The gang is full or cannot be reached, and has not begun the request; the next one may have room.
                 if not isinstance(translate_error(error, "denoise"), OverloadedError | _GangSilent):
                     raise
         async for item in self._denoise_on(last, context, denoise_request, previews):

@@ -1,4 +1,9 @@
-"""Which stages do not go on: for /ready, long before a deadline ends a request or a hung process is replaced."""
+"""Which stages do not go on.
+
+A stage is *late* when it has been silent for half of its deadline: /ready names it. It is *lost* when it has been
+silent for twice its deadline: a process that hangs has been replaced by then, so there is none, and its jobs go back to
+the queue.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,16 @@ from deployments.messages import (
     Finished,
     LatentsReady,
     PictureEncoded,
+    SoundDecoded,
+    StageFull,
     StageRetried,
     Tokenized,
 )
 
 # A stage is late after this share of its own deadline, and after so many times its longest pause before.
 _LATE_SHARE, _LATE_FACTOR = 0.5, 10.0
+# A stage is lost after this many times the silence that makes it late.
+_LOST_FACTOR = 4.0
 _TOKENIZE_S = 60.0
 
 
@@ -51,7 +60,13 @@ class StageDeadlines:
 
 
 class JobProgress:
-    """The stage that a running job is in, and since when nothing has come from it."""
+    """The stage that a running job is in, and since when nothing has come from it.
+
+    Attributes:
+        stage: "" if the job waits for others. The decoder of sound counts as VideoVAE.
+        waits_for_file: its latents are done, and no encoder has begun its file.
+        has_file: its file is being made.
+    """
 
     _longest_s: float | None  # between two events of the stage; None before the second
 
@@ -68,23 +83,28 @@ class JobProgress:
             case PictureEncoded():
                 self._enter("Transformer")
             case QueuePosition():
-                self._enter("")  # it waits for others
+                # The first in the queue is the gang's next or running one; others wait for it.
+                self._enter("Transformer" if event.position == 0 else "")
             case StepDone():
                 self._stay("Transformer")
             case LatentsReady():
                 self._enter("Mp4Encoder")
+                self.waits_for_file = True
             case FileStarted():
                 self._num_decoded = self._num_encoded = 0
                 self._enter("VideoVAE")
+                self.has_file = True
             case ChunkDecoded():
                 self._num_decoded += 1
                 self._stay(self._slower_of_both)
             case ChunkEncoded():
                 self._num_encoded += 1
                 self._stay(self._slower_of_both)
+            case SoundDecoded():
+                self._stay(self._slower_of_both)
             case ClipEncoded() | Finished():
                 self._enter("")
-            case StageRetried():
+            case StageRetried() | StageFull():
                 self._since_s = self._clock()
             case _:
                 pass
@@ -96,14 +116,15 @@ class JobProgress:
     def _enter(self, stage: str) -> None:
         self.stage, self._since_s = stage, self._clock()
         self._longest_s = None
+        self.waits_for_file = self.has_file = False
 
     def _stay(self, stage: str) -> None:
         now_s = self._clock()
         self._longest_s = max(self._longest_s or 0.0, now_s - self._since_s)
         self.stage, self._since_s = stage, now_s
 
-    def silent_s(self, deadlines: StageDeadlines) -> float:
-        """Return for how many seconds the stage has been silent if it is late, else 0."""
+    def silent_s(self, deadlines: StageDeadlines, factor: float = 1.0) -> float:
+        """Return for how many seconds the stage has been silent, 0 if that is less than ``factor`` times late."""
         silent_s = self._clock() - self._since_s
         first_s, later_s = {
             "PromptTokenizer": deadlines.tokenizer,
@@ -114,13 +135,20 @@ class JobProgress:
         limit_s = _LATE_SHARE * first_s
         if self._longest_s is not None:
             limit_s = max(_LATE_SHARE * later_s, _LATE_FACTOR * self._longest_s)
-        return silent_s if silent_s > limit_s else 0.0
+        return silent_s if silent_s > factor * limit_s else 0.0
 
 
-def find_late_stages(jobs: Iterable[JobProgress], deadlines: StageDeadlines) -> list[str]:
-    """Return the stages that none of the jobs in them gets an answer from, each with the shortest silence."""
+def find_late_stages(jobs: Iterable[JobProgress], deadlines: StageDeadlines, factor: float = 1.0) -> dict[str, float]:
+    """Return the stages that none of the jobs in them gets an answer from -> the shortest silence, in seconds."""
+    jobs = list(jobs)
+    is_file_made = any(job.has_file and not job.silent_s(deadlines, factor) for job in jobs)
     silences: dict[str, list[float]] = {}
     for job in jobs:
-        if job.stage:
-            silences.setdefault(job.stage, []).append(job.silent_s(deadlines))
-    return [f"{stage}: silent for {min(known):.0f} s" for stage, known in sorted(silences.items()) if all(known)]
+        if job.stage and not (job.waits_for_file and is_file_made):  # the encoders may be busy with other files
+            silences.setdefault(job.stage, []).append(job.silent_s(deadlines, factor))
+    return {stage: min(known) for stage, known in sorted(silences.items()) if all(known)}
+
+
+def find_lost_stages(jobs: Iterable[JobProgress], deadlines: StageDeadlines) -> dict[str, float]:
+    """Return the late stages from which no answer is to be expected any more."""
+    return find_late_stages(jobs, deadlines, _LOST_FACTOR)

@@ -214,12 +214,17 @@ class SavedStates:
             self._writing = start_task(self._write(step, state))
 
     def read(self) -> TensorEnvelope | None:
-        """Return the last saved state; None if there is none or it is damaged: the job starts from the beginning."""
+        """Return the last saved state; None if there is none or it is damaged: the job starts from the beginning.
+
+        Raise MediaError if files cannot be read at all just now.
+        """
         try:
             if not self._files.exists(self._job_id, SAVED_STATE):
                 return None
             return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, SAVED_STATE), np.uint8))
-        except MediaError:
+        except MediaError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             logger.exception("the saved state of %s cannot be used; it starts from the beginning", self._job_id)
             return None
 

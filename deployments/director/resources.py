@@ -37,7 +37,7 @@ class PipelineResources:
 
     Attributes:
         stages: handles whose calls stream.
-        clips: the :class:`cluster.clip_stream.ClipStreams` actor of one pipeline; None in those that all share.
+        clips: the :class:`cluster.clip_stream.ClipStreams` actor of one pipeline; None until one is picked for it.
         close_later: takes that actor and a stream's id; closes a clip's stream in the background.
         prompt_check: checks a prompt before the first stage; None without a guardrail.
     """
@@ -105,14 +105,14 @@ class ClipCloser:
 
 
 class Previews:
-    """Makes the preview orders of requests; ``vae`` is a streaming handle."""
+    """Says what previews a clip gets. ``vae`` is a streaming handle, which gives the map from latents to colours."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
         self._fetching: asyncio.Task[PreviewMap | PreviewFailed] | None = None
 
     async def order(self, num_previews: int, duration_s: float) -> PreviewOrder:
-        """Make the preview order of a clip; raise PreviewFailed without a map in time: the next request retries."""
+        """Return the preview order of a clip; raise PreviewFailed without a map in time: the next request retries."""
         if self._fetching is None:
             self._fetching = start_task(self._fetch())
         fetching = self._fetching

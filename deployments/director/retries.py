@@ -1,4 +1,4 @@
-"""Retry a stage whose process died, and wait for a full one."""
+"""Run a stage again if its process died, and wait while it is full."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
 from deployments.failures import is_retryable, is_unavailable, summarize_error, translate_error
-from deployments.messages import RequestContext, StageRetried
+from deployments.messages import RequestContext, StageFull, StageRetried
 
 # Pause before the first retry, as routers keep a dead replica for a moment. Each further pause is this many times as
 # long, up to the time that a replica takes to start.
@@ -32,7 +32,9 @@ async def retry_stage(
 ) -> AsyncIterator[Any]:
     """Run a stage until it succeeds or fails for good; yield its items.
 
-    A dead process is retried with the same seed, after pauses that grow.
+    A stage whose process died is run again on another one with the same seed, after pauses that grow.
+
+    Yields :class:`StageRetried` and :class:`StageFull` as well.
 
     Args:
         max_attempts: attempts in all; waits for a full stage do not count, nor do early ones that reach no process.
@@ -54,7 +56,7 @@ async def retry_stage(
         except Exception as error:  # noqa: BLE001 - another process may raise anything
             meaning = translate_error(error, stage)
             if isinstance(meaning, OverloadedError) and waits_when_full:
-                event = None
+                event: StageFull | StageRetried = StageFull(stage)
                 pause_s = min(max(meaning.retry_after_s, _RETRY_PAUSE_S), _LONGEST_WAIT_S)
             elif not is_retryable(error):
                 raise meaning from None
@@ -70,7 +72,6 @@ async def retry_stage(
                 pause_s = next_pause_s
                 next_pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_RETRY_PAUSE_S)
                 event = StageRetried(stage, context.attempt + 1, summarize_error(error), num_saved_steps())
-        if event is not None:
-            yield event
+        yield event
         context = context.next_attempt()
         await asyncio.sleep(min(pause_s, context.remaining_s(stage)))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import OverloadedError, ShuttingDown
+from cluster.errors import OverloadedError, ShuttingDown, StageFailed
 from cluster.events import Event
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.request import ResolvedRequest
@@ -29,7 +29,7 @@ from deployments.director.admission import RequestCheck
 from deployments.director.breaker import Breaker
 from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, StopReason
 from deployments.director.pipeline import Pipeline
-from deployments.director.progress import JobProgress, StageDeadlines, find_late_stages
+from deployments.director.progress import JobProgress, StageDeadlines, find_late_stages, find_lost_stages
 from deployments.director.recorder import SAVED_STATE, Recorder, Retrier, SavedStates, result_of
 from deployments.errors import JobCancelled, JobsError, LeaseLost
 from deployments.failures import JOBS_FAULT, MEDIA_FAULT, Blame, Explanation, explain_error, translate_error
@@ -45,13 +45,15 @@ from deployments.threads import run_in_thread, start_task
 
 logger = logging.getLogger("ray.serve")
 
-# Between two reports of a queue position to a waiting caller.
+# Seconds between two reports of a queue position to a waiting caller.
 _POSITION_PERIOD_S = 1.0
-# After a failed claim: the database may be away.
+# Seconds between two looks for stages that are lost.
+_STAGES_PERIOD_S = 5.0
+# Seconds after a failed claim, as the database may be away.
 _PAUSE_S = 1.0
-# Of a write for the database, until it counts as a fault.
+# Seconds for which a write may wait for others before /ready names the database.
 _LONG_WAIT_S = 2.5
-# Longest wait of a runner that is stopped for the database.
+# Seconds for which a stopping runner waits for the database.
 _RELEASE_S = 20.0
 
 
@@ -77,17 +79,24 @@ class JobRunner:
 
     Args:
         model: name of the served model; other runners claim jobs of other models.
+        deadlines: of the stages; one that is silent for long beyond them loses its jobs, which go back to the queue.
         make_pipeline: see :data:`MakePipeline`.
     """
 
     def __init__(
-        self, jobs: JobService, model: str, config: JobsConfig, check: RequestCheck, make_pipeline: MakePipeline
+        self,
+        jobs: JobService,
+        model: str,
+        config: JobsConfig,
+        check: RequestCheck,
+        deadlines: StageDeadlines,
+        make_pipeline: MakePipeline,
     ) -> None:
         self.runner_id = uuid.uuid4().hex
         self._jobs = jobs
         self._store, self._files, self._media = jobs.store, jobs.files, jobs.media
         self._model, self._config = model, config
-        self._check, self._make_pipeline = check, make_pipeline
+        self._check, self._deadlines, self._make_pipeline = check, deadlines, make_pipeline
         self._callers: dict[str, _Caller] = {}
         self._claimed: dict[str, ClaimedJob] = {}
         self._throughput: dict[Lane, tuple[Throughput, Throughput]] = {}  # of denoising, and of the rest
@@ -99,20 +108,34 @@ class JobRunner:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._claiming = self._spawn(self._claim_jobs())
         self._spawn(self._leases.renew_forever())
+        self._spawn(self._watch_stages())
 
     @property
     def num_in_hand(self) -> int:
         """Number of jobs that run here or whose callers wait here."""
         return len(self._claimed.keys() | self._callers.keys())
 
-    def list_faults(self, deadlines: StageDeadlines) -> list[str]:
+    def list_faults(self) -> list[str]:
         """Return what keeps jobs from being begun, and the stages that running jobs get no answer from."""
-        running = [it.progress for it in self._claimed.values() if it.progress is not None]
-        faults = [*self.breaker.faults, *find_late_stages(running, deadlines)]
+        late = find_late_stages(self._list_progress(), self._deadlines)
+        faults = [*self.breaker.faults, *(f"{stage}: silent for {seconds:.0f} s" for stage, seconds in late.items())]
         # Not yet a fault of the breaker: no request is refused until a write has failed.
-        if self._store.longest_wait_s > _LONG_WAIT_S and JOBS_FAULT not in faults:
+        if self._store.longest_wait_s > _LONG_WAIT_S and not self.breaker.has_fault(JOBS_FAULT):
             faults.insert(0, JOBS_FAULT)
         return faults
+
+    def _list_progress(self) -> list[JobProgress]:
+        return [it.progress for it in self._claimed.values() if it.progress is not None]
+
+    async def _watch_stages(self) -> None:
+        """Stop the jobs in stages that are lost: calls of one without any process wait for a new one, without end."""
+        while True:
+            await asyncio.sleep(_STAGES_PERIOD_S)
+            for stage, seconds in find_lost_stages(self._list_progress(), self._deadlines).items():
+                for claimed in list(self._claimed.values()):
+                    if claimed.progress is not None and claimed.progress.stage == stage:
+                        error = StageFailed(stage, 1, f"no answer for {seconds:.0f} s")
+                        claimed.stop(StopReason.STAGE_LOST, error)
 
     def wake(self) -> None:
         """Look for jobs now, because one was accepted."""
@@ -327,7 +350,7 @@ class JobRunner:
                 await claimed.saved_states.write_last()
             await self._give_back(claimed.job)
             return False
-        if claimed.stop_reason in (StopReason.DATABASE_AWAY, StopReason.UNRECORDABLE):
+        if claimed.stop_reason in (StopReason.DATABASE_AWAY, StopReason.UNRECORDABLE, StopReason.STAGE_LOST):
             failure = claimed.stop_error
         if finished is not None:  # a stop that came meanwhile is too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
@@ -355,7 +378,7 @@ class JobRunner:
             self.breaker.report_fault(explained.code, explained.what)
         if claimed.saved_states is not None:
             await claimed.saved_states.write_last()
-        fault = Fault(explained.what, explained.code, explained.message, is_attempt_if_others_succeed=is_loss)
+        fault = Fault(explained.what, explained.code, explained.message, counts_if_others_succeed=is_loss)
         job = await recorder.postpone(fault, self._config)
         if job.state.is_final:
             await self._clean_up_ended(claimed, job)

@@ -1,7 +1,8 @@
 """Database: the connections to the database of jobs, a SQLite file of one machine or PostgreSQL for several.
 
-Any number of processes may have it open. A transaction that writes waits for the ones before it, at most
-:data:`BUSY_S`. One that decides which job is accepted or run next also takes the queue lock.
+Any number of processes may have it open. A transaction that writes waits for the ones before it: at most
+:data:`BUSY_S` for those of its own process, and as long for those of others. One that decides which job is accepted or
+run next also takes the queue lock.
 
 On SQLite readers do not wait for a writer (write-ahead log), and a commit is on the disk when it returns
 (``synchronous=FULL``), so that it survives a power failure.
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from deployments.config import AppConfig
 
 BUSY_S = 10.0
-"""Longest wait of a transaction for those before it."""
+"""Longest wait of a transaction for those before it, in its own process and then in others."""
 
 _UPGRADE_S = 120.0
 _CONNECT_S = 10

@@ -38,16 +38,19 @@ MIN_RETRY_S, MAX_RETRY_S = 1.0, 3600.0
 UNKNOWN_RETRY_S = 5.0
 """``Retry-After`` if nothing runs, or no speed has been measured yet."""
 
-# Requests from which the speed of one runner is measured: more than run at once, and few, as the first one after a
-# start is slow. The shortest time, and the least share of all time that is measured.
-_MAX_RUNS, _SHORTEST_S, _LEAST_SHARE = 32, 1e-3, 0.1
+# Last requests from which the speed of one runner is measured: more than run at once, and few, as the first one after a
+# start is slow.
+_MAX_RUNS = 32
+# The time that is measured has at least this length, and this share of the time of all those requests.
+_SHORTEST_S, _LEAST_SHARE = 1e-3, 0.1
 # Share of a new measurement in the average of all runners.
 _NEWEST_SHARE = 0.3
 # A runner that has been silent for longer does not count.
 _ALIVE_S = 120.0
-# Rejected callers that are remembered for each place in a queue; how much earlier than told one may come back; and how
-# long its place is kept.
-_CALLERS_PER_PLACE, _EARLY_S, _KEPT_S = 4, 0.5, 5.0
+# Rejected callers that are remembered for each place in a queue.
+_CALLERS_PER_PLACE = 4
+# Seconds that a rejected caller may come back before its time, and for which its place is kept after it.
+_EARLY_S, _KEPT_S = 0.5, 5.0
 
 PIXELS = case((JOBS.c.media_type == "", 0.0), else_=1.0 * JOBS.c.num_frames * JOBS.c.width * JOBS.c.height)
 """Pixels of a job's file, in SQL."""
@@ -90,7 +93,7 @@ class Speed:
 
     Attributes:
         work_per_s: of denoising, in token-steps.
-        pixels_per_s: of decoding and encoding; None: not measured, and taken for none of the time.
+        pixels_per_s: of decoding and encoding; None: not measured, counted as no time.
     """
 
     work_per_s: float
@@ -120,8 +123,8 @@ class Throughput:
 
     def add(self, work: float, start_s: float, end_s: float) -> float:
         """Add a finished request, with times of any one clock; return the work per second."""
-        # What ends after an earlier one may have begun before, as may what has not ended yet: in the long run both are
-        # the same.
+        # Runs are counted when they end. Some of the first one's time may have been spent before the measured time, and
+        # some of a run that has not ended yet within it: in the long run the two are equal.
         since_s = self._runs[0].end_s if len(self._runs) == _MAX_RUNS else -math.inf
         self._runs.append(_Run(start_s, end_s, work))
         busy_s, all_s = (self._compute_busy_s(begin_s) for begin_s in (since_s, -math.inf))
@@ -252,8 +255,7 @@ def estimate_retry_s(connection: Connection, model: str, bound: QueueBound, now_
 def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_places: int) -> float:
     """Return the seconds until places of a lane have become free ``num_places`` times; queued jobs take them again.
 
-    ``running`` and ``queued`` hold the seconds that each job has left if it runs alone: of one that runs at least, and
-    of all that take a place.
+    ``running`` and ``queued`` hold the seconds that each job has left if it runs alone. ``running`` must not be empty.
     """
     waiting = iter(queued)
     # All running jobs advance at the same pace: a job's end is the seconds per job at which it is done.
@@ -296,8 +298,8 @@ class _Promise(NamedTuple):
 class RetryEstimator:
     """Spreads the retries of rejected callers, and keeps a place for each who comes back when it was told to.
 
-    Knows the callers of this process by their owner and request, from any thread. One who comes back early is taken for
-    another one with the same request, and counts again: hence a bound, by the number of places.
+    Knows the callers of this process by their owner and request, from any thread. A caller who comes back too early
+    counts twice, so the number of promises per bound is limited.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,16 @@
 """The queue: its bounds, the order of its jobs, and which job a runner claims next.
 
 The order is weighted fair queueing by a self-clocked virtual time (Golestani 1994). Jobs of one owner and class in a
-lane are a flow. A new job's place is its work over its class's share after its flow's last queued job, or after the
-lane's virtual time if that is later; the virtual time is the place of the job that began last. So each class gets its
-share of the work, and the owners of a class get equal parts. An owner who sends many jobs waits behind its own, and one
-who sends none saves nothing up. Jobs behind a cancelled one keep their places.
+lane are a flow. A new job is given the place
 
-Every change happens under the queue lock (``Database.writing(is_queue=True)``).
+    max(virtual time, place of its flow's last queued job) + its work / its class's share,
+
+and the job with the lowest place is begun next, whose place is the lane's virtual time from then on. So each class gets
+its share of the work, and the owners of a class get equal parts. An owner who sends many jobs waits behind its own, and
+one who sends none saves nothing up. Jobs behind a cancelled one keep their places.
+
+Every change of a job's order or state happens under the queue lock (``Database.writing(is_queue=True)``); leases are
+renewed without it.
 """
 
 from __future__ import annotations
@@ -35,9 +39,10 @@ from deployments.jobs.silence import SilenceWatch
 _MAX_ABANDONED = 100
 # Times in a lease that a runner is noted as alive.
 _NOTES_PER_LEASE = 4
-# Share of a lease in which a suspect must show a sign of life: runners renew leases, and note themselves, four times in
-# one; leases of jobs twice a second, so that less is enough for long ones.
-_PATIENCE, _LONGEST_PATIENCE_S = 0.5, 3.0
+# A suspect must show a sign of life in this share of a lease: runners note themselves four times in one.
+_PATIENCE = 0.5
+# The same for leases of running jobs, which are renewed twice a second.
+_LONGEST_PATIENCE_S = 3.0
 # Tolerated difference of clocks.
 _MAX_SKEW_S = 2.0
 # Leases and runners that are looked at in one claim.
@@ -192,7 +197,8 @@ class ClaimableWork:
     Attributes:
         is_alive_noted: the runner was noted as alive not long ago.
         dead_runners: runners that queued jobs are attached to and that are silent.
-        dead_leases: leases of running jobs that are silent -> until when they are, as it was found.
+        dead_leases: leases of running jobs that are silent -> their ``lease_until_s`` as it was read. A claim takes
+            over only those whose time is still the same.
         has_queued: there are queued jobs, and no lease that has run out is still being looked at.
     """
 
@@ -280,13 +286,13 @@ class Fault:
     Attributes:
         what: in a few words, for the job's status.
         code, message: of the job's error if it is ended.
-        is_attempt_if_others_succeed: whether the run counts as an attempt if other jobs were completed meanwhile.
+        counts_if_others_succeed: whether the run counts as an attempt if other jobs were completed meanwhile.
     """
 
     what: str
     code: str
     message: str
-    is_attempt_if_others_succeed: bool
+    counts_if_others_succeed: bool
 
 
 def postpone(connection: Connection, job: Job, fault: Fault, config: JobsConfig, now_s: float) -> Job:
@@ -295,7 +301,7 @@ def postpone(connection: Connection, job: Job, fault: Fault, config: JobsConfig,
     It is ended if it has lost its last run while other jobs were completed, or has had faults for too long.
     """
     since_s = now_s if job.fault_since_s is None else job.fault_since_s
-    is_attempt = fault.is_attempt_if_others_succeed and _have_others_succeeded(connection, job, now_s)
+    is_attempt = fault.counts_if_others_succeed and _have_others_succeeded(connection, job, now_s)
     is_last = is_attempt and job.attempts >= config.max_attempts
     is_late = config.max_fault_wait_s is not None and now_s - since_s >= config.max_fault_wait_s
     if is_last or is_late:
@@ -379,8 +385,8 @@ def _outcome_of_expired(job: Job, claim: ClaimRequest) -> Outcome | None:
 
 
 def _make_death(job: Job) -> Fault:
-    reason = f"the runner died {job.attempts} times while it ran this job, which is as often as may be"
-    return Fault("runner_died", "runner_died", reason, is_attempt_if_others_succeed=True)
+    reason = f"the runner died {job.attempts} times while it ran this job, the most that jobs.max_attempts allows"
+    return Fault("runner_died", "runner_died", reason, counts_if_others_succeed=True)
 
 
 def _outcome_of_abandoned(claim: ClaimRequest) -> Outcome:

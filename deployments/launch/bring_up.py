@@ -24,7 +24,7 @@ from ray import serve
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.auth import check_keys, is_loopback, requires_key
 from deployments.api.ingress import find_serve_address
-from deployments.api.proxy_guard import CALLBACK_VARIABLE
+from deployments.api.proxy_guard import CALLBACK_SETTING
 from deployments.app import build_app
 from deployments.clients.errors import UnreachableError
 from deployments.config import AppConfig, HttpConfig
@@ -66,7 +66,7 @@ _SIGNAL_S = 0.2
 
 @dataclass
 class StopTimeout:
-    """Seconds to wait for the end of the app, and then of Serve. Both go on stopping after that; 0: Ray has died."""
+    """Seconds to wait for the end of the app, and then for that of Serve; 0 once Ray has died."""
 
     stop_s: float = _STOP_SOON_S
 
@@ -157,7 +157,7 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
     with ray_session(placement):
         free = FreeResources(placement)
         if not can_grow() and (lack := describe_shortfall(config, list_nodes())):
-            hint = f" Or set --num-cpus {math.ceil(needs['CPU'])}: processes are counted, not held to it."
+            hint = f" Or set --num-cpus {math.ceil(needs['CPU'])}: Ray counts CPUs by it and limits nothing."
             if needs["GPU"] > sum(node.resources.get("GPU", 0) for node in list_nodes()):
                 hint = " --config laptop does without GPUs."
             raise StartError(lack + (hint if placement.is_alone else ""))
@@ -227,9 +227,11 @@ def _find_remote_head() -> str:
 
 
 def _stop(call: Callable[[], None], stop_timeout: StopTimeout) -> None:
+    if not stop_timeout.stop_s:
+        return
     # If the whole process group got the signal, it takes a moment until Ray is seen to end.
     time.sleep(_SIGNAL_S)
-    if not stop_timeout.stop_s or not is_ray_alive():
+    if not is_ray_alive():
         return
     with (
         # Serve's controller exits while it answers, which Ray prints as a failed task.
@@ -278,13 +280,13 @@ def _submit(config: AppConfig, stop_timeout: StopTimeout) -> Iterator[None]:
 
 def _find_application(name: str) -> Any:
     """Return Serve's status of the application; raise LostError if Serve has none, or no longer answers."""
-    if not is_ray_alive():
-        raise LostError("Ray is gone, and the app with it")
     try:
         with time_limit(_STATUS_S):
-            applications = serve.status().applications
+            applications = serve.status().applications if is_ray_alive() else None
     except RAY_FAILURES as error:
         raise LostError(f"Serve no longer answers: {describe_failure(error)}") from None
+    if applications is None:
+        raise LostError("Ray is gone, and the app with it")
     if name not in applications:
         raise LostError(f"Serve no longer has an app {name!r}; it was deleted")
     return applications[name]
@@ -322,7 +324,7 @@ def _check_proxy(url: str, report: Callable[[str], None]) -> None:
     """Report a proxy without :mod:`deployments.api.proxy_guard`, as in a cluster whose nodes lack its variable."""
     status, _ = get(url, "/-/routes", timeout_s=_ROUTES_S)
     if status != 404:
-        report("heads of requests have no bound here: the nodes of this Ray cluster need " + CALLBACK_VARIABLE)
+        report("requests' headers have no bound here: set on the nodes of this Ray cluster " + CALLBACK_SETTING)
 
 
 def _await_http(url: str) -> None:

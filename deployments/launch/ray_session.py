@@ -33,8 +33,8 @@ from deployments.launch.capacity import Node, Resources
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CONNECT_S = 5.0
-# For Ray's start to end after a signal: it waits a minute for daemons that the signal has killed, half of it with
-# Python's lock held, which cannot be interrupted.
+# Seconds that Ray's start may take to end after a signal: it waits a minute for daemons that the signal has killed,
+# half of it with Python's lock held, which cannot be interrupted.
 _START_ABORT_S = 10.0
 _MAX_REASON_CHARS = 600
 # KubeRay and Ray's cluster launcher set it on all nodes; `ray start` sets it on none.
@@ -177,7 +177,7 @@ _DAEMONS = {
 
 
 def find_daemons() -> dict[int, str]:
-    """Find the daemons of a Ray that was started here: pid -> kind. None without /proc or :func:`kill_leftovers`."""
+    """Find the daemons of a Ray that was started here: pid -> kind. Empty without /proc or :func:`kill_leftovers`."""
     found = {}
     marked = set(_find_marked(os.environ.get(_MARK, "")))
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -54,7 +54,7 @@ class Mp4Encoder:
             try:
                 entry = await self._run(self._create, media_id, clip_format)
                 digest, num_frames = FrameHash(), 0
-                async with _open_in_thread(entry, clip_format) as writer:
+                async with _open_in_thread(self._run, entry, clip_format) as writer:
                     yield FileStarted(media_id, clip_format.media_type, os.getpid())
                     while boxed := await _next_chunk(context, clips, stream_id):
                         chunk: FrameChunk | SoundChunk = await wait_within(context, "encode", boxed[0])
@@ -84,11 +84,13 @@ class Mp4Encoder:
 
 
 @asynccontextmanager
-async def _open_in_thread(entry: MediaEntry, clip_format: ClipFormat) -> AsyncIterator[MediaWriter]:
+async def _open_in_thread(
+    run: Callable[..., Awaitable[Any]], entry: MediaEntry, clip_format: ClipFormat
+) -> AsyncIterator[MediaWriter]:
     """Open the writer; close it at the end, or abandon its file after an exception.
 
-    All of it runs in threads: x264 takes seconds to flush a 720p clip, and the event loop must serve another clip and
-    Serve's health checks meanwhile.
+    ``run`` calls all of it in threads: x264 takes seconds to flush a 720p clip, and the event loop must serve another
+    clip and Serve's health checks meanwhile.
     """
     with_writer = ExitStack()  # also closes a writer that was opened while this task was cancelled
 
@@ -96,11 +98,11 @@ async def _open_in_thread(entry: MediaEntry, clip_format: ClipFormat) -> AsyncIt
         return with_writer.enter_context(open_writer(entry.path, clip_format, live=entry.live_path))
 
     try:
-        yield await run_in_thread(enter)
+        yield await run(enter)
     except BaseException as error:
-        await run_in_thread(with_writer.__exit__, type(error), error, error.__traceback__)
+        await run(with_writer.__exit__, type(error), error, error.__traceback__)
         raise
-    await run_in_thread(with_writer.close)
+    await run(with_writer.close)
 
 
 async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> list[Any]:

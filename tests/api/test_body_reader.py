@@ -233,7 +233,7 @@ def test_a_slow_but_steady_body_is_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert (caught.value.status, slow.num_sent) == (413, 48)
 
 
-@pytest.mark.parametrize("limit", ["_UPLOAD_S", "_IDLE_S"])
+@pytest.mark.parametrize("limit", ["_UPLOAD_S", "_MAX_LAG_S"])
 def test_a_body_without_end_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_reader, limit, 0.05)
 

@@ -294,7 +294,7 @@ def test_a_body_without_length_is_read_up_to_the_bound(make_api: Callable[..., A
     assert api.director.submitted == []
 
 
-@pytest.mark.parametrize("limit", ["_IDLE_S", "_UPLOAD_S"])
+@pytest.mark.parametrize("limit", ["_MAX_LAG_S", "_UPLOAD_S"])
 def test_a_slow_body_holds_its_place_for_a_bounded_time(
     limit: str, shared_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +303,7 @@ def test_a_slow_body_holds_its_place_for_a_bounded_time(
     async def dripping() -> AsyncIterator[bytes]:
         yield b'{"prompt": "'
         while True:
-            await asyncio.sleep(100 if limit == "_IDLE_S" else 0.01)
+            await asyncio.sleep(100 if limit == "_MAX_LAG_S" else 0.01)
             yield b"x"
 
     for path in BODIES:

@@ -17,7 +17,15 @@ import pytest
 from cluster import engine_loop, leader_loop
 from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, SavedState
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed, StepLeft
+from cluster.errors import (
+    DeadlineExceeded,
+    GangFailed,
+    GangLost,
+    OutOfMemory,
+    OverloadedError,
+    PreviewFailed,
+    StepAbandoned,
+)
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.layer_gate import Position
 from cluster.logs import LogOrigin
@@ -60,14 +68,14 @@ class FakeGang:
     # 100 bytes for each latent frame.
     request_memory: RequestMemory = RequestMemory(100, 0, 0, 0, 0, 1)  # noqa: RUF009 - frozen
 
-    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_or_refuse(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         assert method in ("begin", "step")
         return await self.call(method, *arguments, phase=phase, timeout_s=timeout_s)
 
     async def call_rank_0(
-        self, method: str, *arguments: Any, phase: str, timeout_s: float, passes_on: type[Exception] | None = None
+        self, method: str, *arguments: Any, phase: str, timeout_s: float, reraises: type[Exception] | None = None
     ) -> Any:
-        assert passes_on is (PreviewFailed if method == "preview" else None)
+        assert reraises is (PreviewFailed if method == "preview" else None)
         return (await self.call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
 
     async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
@@ -98,7 +106,7 @@ class FakeGang:
                 raise OutOfMemory("of 1 GiB")
             if job_id == self.long_steps_of:
                 await self.step_was_left.wait()
-                raise StepLeft(7)
+                raise StepAbandoned(7)
             if self.gate is not None:
                 await self.gate.acquire()
             count = min(arguments[1], total - done)
@@ -290,7 +298,7 @@ def test_a_request_past_its_deadline_fails() -> None:
 
 @pytest.mark.parametrize("limit_s", [60.0, 0.2], ids=["its caller leaves", "its time is up"])
 def test_a_long_step_is_left_between_layers(limit_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_loop, "_LONG_STEP_S", 0.05)
+    monkeypatch.setattr(engine_loop, "_ABANDON_AFTER_S", 0.05)
 
     async def body() -> None:
         gang = FakeGang(long_steps_of="long")
@@ -314,7 +322,7 @@ def test_a_long_step_is_left_between_layers(limit_s: float, monkeypatch: pytest.
 
 
 def test_a_rank_that_does_not_answer_about_its_layers_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_loop, "_LONG_STEP_S", 0.0)
+    monkeypatch.setattr(engine_loop, "_ABANDON_AFTER_S", 0.0)
 
     async def body() -> None:
         gang = FakeGang(step_s=0.2, gate_error=TimeoutError())
@@ -375,10 +383,10 @@ def test_only_the_running_request_is_charged_with_a_failure() -> None:
 
 def test_partial_out_of_memory_fails_the_gang_without_a_retry() -> None:
     class Disagreeing(FakeGang):
-        async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        async def call_or_refuse(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
             if method == "step":
                 raise GangFailed("step", "step() raised OutOfMemory", 1) from OutOfMemory("of 1 GiB")
-            return await super().call_refusable(method, *arguments, phase=phase, timeout_s=timeout_s)
+            return await super().call_or_refuse(method, *arguments, phase=phase, timeout_s=timeout_s)
 
     async def body() -> None:
         loop = loop_on(Disagreeing())

@@ -84,7 +84,7 @@ def make_rank(*does: float | Exception) -> Any:
 
 def gather(*ranks: Any, timeout_s: float = 5) -> list[Any]:
     return asyncio.run(
-        asyncio.wait_for(Gang(list(ranks)).call_refusable("work", phase="decode", timeout_s=timeout_s), 8)
+        asyncio.wait_for(Gang(list(ranks)).call_or_refuse("work", phase="decode", timeout_s=timeout_s), 8)
     )
 
 

@@ -26,7 +26,7 @@ class FakeGang:
         self.gate.set()
         self.num_at_once = 0
 
-    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_or_refuse(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         assert self.num_at_once == 0
         self.num_at_once += 1
         try:
@@ -38,13 +38,13 @@ class FakeGang:
         finally:
             self.num_at_once -= 1
 
-    call = call_refusable
+    call = call_or_refuse
 
     async def call_rank_0(
-        self, method: str, *arguments: Any, phase: str, timeout_s: float, passes_on: type[Cosmos3Error]
+        self, method: str, *arguments: Any, phase: str, timeout_s: float, reraises: type[Cosmos3Error]
     ) -> Any:
-        assert passes_on is Cosmos3Error, "a refusal would fail the gang"
-        return (await self.call_refusable(f"first {method}", *arguments, phase=phase, timeout_s=timeout_s))[0]
+        assert reraises is Cosmos3Error, "a refusal would fail the gang"
+        return (await self.call_or_refuse(f"first {method}", *arguments, phase=phase, timeout_s=timeout_s))[0]
 
 
 class Ended:
@@ -140,7 +140,7 @@ def test_the_task_does_not_inherit_its_makers_context() -> None:
     request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
 
     class Looking(FakeGang):
-        async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        async def call_or_refuse(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
             return [request.get("none")]
 
     async def body() -> None:

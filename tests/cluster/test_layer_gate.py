@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cluster import layer_gate
-from cluster.errors import StepLeft
-from cluster.layer_gate import LayerGate, leave_step
+from cluster.errors import StepAbandoned
+from cluster.layer_gate import LayerGate, abandon_step
 from tests.settling import run
 
 _WAIT_S = 60.0
@@ -47,7 +47,7 @@ class Ranks:
                 self._pause(rank)
                 if self._barrier is not None:
                     self._barrier.wait()
-        except StepLeft as error:
+        except StepAbandoned as error:
             return error.layer
         finally:
             gate.end_step()
@@ -65,7 +65,7 @@ class Ranks:
 def test_all_ranks_leave_before_the_same_layer() -> None:
     ranks = Ranks([1000, 1000, 1000], lambda _: time.sleep(0.002))
     futures = ranks.start()
-    assert run(leave_step(ranks.call))
+    assert run(abandon_step(ranks.call))
     left_at = {future.result(_WAIT_S) for future in futures}
     assert len(left_at) == 1
     assert left_at.pop() < 1000
@@ -76,7 +76,7 @@ def test_ranks_that_do_not_meet_in_every_layer_leave_together() -> None:
     """As the ranks of two guidance branches, which meet at the end of a step alone."""
     ranks = Ranks([1000, 1000], lambda rank: time.sleep(0.004 if rank else 0.001), meets=False)
     futures = ranks.start()
-    assert run(leave_step(ranks.call))
+    assert run(abandon_step(ranks.call))
     assert len({future.result(_WAIT_S) for future in futures}) == 1
 
 
@@ -85,17 +85,17 @@ def test_a_step_of_which_a_rank_has_no_layers_is_not_left() -> None:
     ranks = Ranks([50, 0], lambda _: None)
     for gate, num_layers in zip(ranks.gates, (50, 0), strict=True):
         gate.begin_step(num_layers)
-    assert not run(leave_step(ranks.call))
+    assert not run(abandon_step(ranks.call))
     ranks.gates[0].enter_layer()  # nothing holds it
 
 
 def test_nothing_is_left_between_steps_or_near_the_end() -> None:
     ranks = Ranks([3, 3], lambda _: None)
-    assert not run(leave_step(ranks.call))
+    assert not run(abandon_step(ranks.call))
     for gate in ranks.gates:
         gate.begin_step(3)
         gate.enter_layer()
-    assert not run(leave_step(ranks.call))
+    assert not run(abandon_step(ranks.call))
 
 
 def test_a_rank_past_the_layer_makes_all_go_on() -> None:
@@ -138,7 +138,7 @@ def test_under_any_timing_all_leave_at_one_layer_or_none_does() -> None:
         slow_s = chance.choice([0.0, 0.0002, 0.002])
         ranks = Ranks([num_layers] * chance.choice([1, 2, 4]), lambda _, slow_s=slow_s: time.sleep(slow_s))  # type: ignore[misc]
         futures = ranks.start()
-        has_left = run(leave_step(ranks.call))
+        has_left = run(abandon_step(ranks.call))
         left_at = {future.result(_WAIT_S) for future in futures}
         assert len(left_at) == 1, seed
         assert has_left == (left_at != {num_layers}), seed

@@ -452,7 +452,8 @@ def test_a_job_starts_only_if_the_guardrail_passes_its_prompt(
     check = PromptCheck(handle, 1.0, False)
     if expected is None:
         events = run(all_of(check.check_job(context(), 3, PROMPT)))
-        assert [event.stage for event in events] == ["guardrail"] * sum(type(it) is ActorDiedError for it in failures)
+        kinds = [messages.StageRetried if type(it) is ActorDiedError else messages.StageFull for it in failures]
+        assert [(type(event), event.stage) for event in events] == [(kind, "guardrail") for kind in kinds]
     else:
         with pytest.raises(expected):
             run(all_of(check.check_job(context(), 3, PROMPT)))

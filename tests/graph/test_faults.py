@@ -152,9 +152,9 @@ def object_store_bytes() -> int:
         pytest.param(["sleep", "die", "sleep"], "call", GangFailed, "rank 1: died in step()", marks=pytest.mark.slow),
         # gloo and NCCL fail the others at once, before Ray knows of the death.
         (["bug", "die"], "call", GangFailed, "rank 1: died in step()"),
-        (["no memory"], "call_refusable", OutOfMemory, "does not fit"),
+        (["no memory"], "call_or_refuse", OutOfMemory, "does not fit"),
         # The first rank's report is enough.
-        (["no memory", "no memory"], "call_refusable", GangFailed, "step() raised OutOfMemory"),
+        (["no memory", "no memory"], "call_or_refuse", GangFailed, "step() raised OutOfMemory"),
         pytest.param(
             ["sleep", "refuse"],
             "call",
@@ -162,18 +162,18 @@ def object_store_bytes() -> int:
             "rank 1: step() raised RequestError: seed must be 2",
             marks=pytest.mark.slow,
         ),
-        (["refuse", "refuse"], "call_refusable", RequestError, "seed must be 2 (got 1)"),
-        (["fine", "refuse"], "call_refusable", GangFailed, "rank 1: step() raised RequestError"),
+        (["refuse", "refuse"], "call_or_refuse", RequestError, "seed must be 2 (got 1)"),
+        (["fine", "refuse"], "call_or_refuse", GangFailed, "rank 1: step() raised RequestError"),
         pytest.param(
             ["sleep", "refuse"],
-            "call_refusable",
+            "call_or_refuse",
             GangFailed,
             "rank 1: step() raised RequestError",
             marks=pytest.mark.slow,
         ),
         pytest.param(
             ["bug", "bug"],
-            "call_refusable",
+            "call_or_refuse",
             GangFailed,
             "rank 0: step() raised ZeroDivisionError",
             marks=pytest.mark.slow,

@@ -29,8 +29,10 @@ def test_memory_does_not_grow_with_the_clip(tiny_nano: Path, tmp_path: Path) -> 
         stages = [pid for pid, name in served.leftovers().items() if STAGES.search(name)]
         assert len(stages) == 6
         command = [sys.executable, str(Path(__file__).with_name("watch_memory.py")), *map(str, stages)]
+        # It joins by Ray alone, which looks for an app on loopback only if told to; deployments.client does so itself.
+        variables = served.client_environment() | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         with subprocess.Popen(
-            command, env=served.client_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as watcher:
             assert watcher.stdin is not None
             assert watcher.stdout is not None

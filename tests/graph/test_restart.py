@@ -123,9 +123,9 @@ def test_every_job_completes_after_the_service_was_killed(
 
 
 def stop_while_it_writes(pid: int, path: Path) -> None:
-    """Stop a process at a moment when it holds the write lock of a SQLite file."""
+    """Stop a process at a moment when it holds the write lock of a SQLite file, and goes on to hold it."""
     deadline_s = time.monotonic() + DEADLINE_S
-    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+    with closing(sqlite3.connect(path, timeout=1.0, isolation_level=None)) as database:
         while time.monotonic() < deadline_s:
             os.kill(pid, signal.SIGSTOP)
             try:

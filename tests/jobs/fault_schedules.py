@@ -47,7 +47,7 @@ from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaStore
 from deployments.messages import FileStarted, Finished, LatentsReady, RequestContext, StateSaved, Tokenized
 from tests.jobs.making import MODEL
-from tests.jobs.running import make_finished
+from tests.jobs.running import NO_DEADLINES, make_finished
 from tests.virtual_time import VirtualClock, run_virtually
 
 NUM_JOBS, NUM_STEPS = 12, 4
@@ -111,14 +111,20 @@ class FaultLayer:
     num_faults: Counter[str] = field(default_factory=Counter)
 
     def find(self, boundary: str) -> Window | None:
+        """Return the window of faults that a boundary is in, if it is in one."""
         for window in self.schedule.windows:
             if window.boundary == boundary and window.begin_s <= self.clock.now_s < window.end_s:
-                self.num_faults[boundary] += 1
                 return window
         return None
 
+    def fail(self, boundary: str) -> Window | None:
+        """Return as :meth:`find`, and count a call that fails for it."""
+        if window := self.find(boundary):
+            self.num_faults[boundary] += 1
+        return window
+
     def check_disk(self, boundary: str) -> None:
-        if self.find(boundary):
+        if self.fail(boundary):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -140,7 +146,7 @@ class FaultyDatabase(Database):
     @contextmanager
     def _failing(self) -> Iterator[None]:
         layer = getattr(self, "layer", None)  # none while it is opened
-        window = layer.find("database") if layer else None
+        window = layer.fail("database") if layer else None
         if window is None or window.is_lost:
             yield
         if window is not None:
@@ -202,7 +208,7 @@ class FakePipeline:
 
     async def _call(self, stage: str, seconds: float) -> None:
         for _ in range(2):  # at its begin, and at its end
-            if self._world.layer.find(stage):
+            if self._world.layer.fail(stage):
                 raise GangFailed(stage, "a rank died", 0)
             await asyncio.sleep(seconds / 2)
 
@@ -292,7 +298,7 @@ class World:
         def make_pipeline(*arguments: Any) -> FakePipeline:
             return FakePipeline(self, *arguments)
 
-        return JobRunner(self.jobs, MODEL, CONFIG, self.check, make_pipeline)  # type: ignore[arg-type]
+        return JobRunner(self.jobs, MODEL, CONFIG, self.check, NO_DEADLINES, make_pipeline)  # type: ignore[arg-type]
 
     async def _submit_jobs(self) -> None:
         for index in range(NUM_JOBS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
@@ -21,6 +22,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.config import JobsConfig
 from deployments.director.admission import Admission, RequestCheck
 from deployments.director.leases import StopReason
+from deployments.director.progress import StageDeadlines
 from deployments.director.runner import JobRunner
 from deployments.jobs.estimates import CostModel
 from deployments.jobs.job import Job, JobState, Lane, SubmitOptions, new_job_id
@@ -34,6 +36,7 @@ from deployments.messages import FileStarted, Finished, LatentsReady, RequestCon
 SMALL = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=4)
 IMAGE = replace(SMALL, num_frames=1)
 DEADLINE_S = 30.0
+NO_DEADLINES = StageDeadlines(*[(math.inf, math.inf)] * 4)
 
 
 class FakePipeline:
@@ -119,6 +122,7 @@ class Service:
         self.stage = FakeStage()
         check = RequestCheck(layout, is_sound_offered=True)
         cost = CostModel.of(layout.geometry, layout.transformer)
+        deadlines = changed.pop("deadlines", NO_DEADLINES)
         max_running = changed.pop("max_running", {Lane.IMAGE: 2, Lane.VIDEO: 2})
         config = JobsConfig(max_queued=50, max_queued_per_key=50, classes={"standard": 1.0}).model_copy(
             update={
@@ -134,7 +138,7 @@ class Service:
         )
         self.admission = Admission(self.store, self.files, check, cost, "nano", config)
         self.jobs = JobService(self.store, self.files, self.media, 8)
-        self.runner = JobRunner(self.jobs, "nano", config, check, self.stage.make_pipeline)
+        self.runner = JobRunner(self.jobs, "nano", config, check, deadlines, self.stage.make_pipeline)
 
     async def submit(self, request: GenerationRequest = SMALL, options: SubmitOptions = SubmitOptions()) -> Job:  # noqa: B008
         context = RequestContext.new(None, 60, new_job_id())

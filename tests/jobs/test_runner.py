@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -204,6 +206,35 @@ def test_a_damaged_state_is_dropped(serve: Any, tmp_path: Path) -> None:
         await second.until(job.job_id, JobState.COMPLETED)
         (pipeline,) = second.stage.pipelines
         assert pipeline.resume_from is None
+
+    serve(body)
+
+
+def test_a_state_that_cannot_be_read_just_now_is_waited_for(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is away costs no work."""
+
+    async def body(make: Callable[..., Service]) -> None:
+        first = make()
+        first.stage.holds_after = 2
+        job = await first.submit()
+        while not first.files.exists(job.job_id, SAVED_STATE):
+            await asyncio.sleep(0.02)
+        first.die()
+        second = make()
+        list_names, num_failures = second.files._objects.names, 0
+
+        def fail_twice(folder: str) -> list[str]:
+            nonlocal num_failures
+            num_failures += 1
+            if num_failures <= 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return list_names(folder)
+
+        monkeypatch.setattr(second.files._objects, "names", fail_twice)
+        done = await second.until(job.job_id, JobState.COMPLETED)
+        assert done.attempts == 2, "of the runner that died, and the last"
+        (pipeline,) = second.stage.pipelines
+        assert pipeline.resume_from is not None
 
     serve(body)
 

@@ -210,19 +210,35 @@ def test_a_locked_database_is_named_before_a_write_fails(
 
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
-        deadlines = StageDeadlines(*[(DEADLINE_S, DEADLINE_S)] * 4)
         await service.until((await service.submit()).job_id, JobState.COMPLETED)
-        assert service.runner.list_faults(deadlines) == []
+        assert service.runner.list_faults() == []
         with closing(sqlite3.connect(tmp_path / "jobs.sqlite3", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             submitting = asyncio.create_task(service.submit())
             async with asyncio.timeout(DEADLINE_S):
-                while service.runner.list_faults(deadlines) != ["jobs_unavailable"]:
+                while service.runner.list_faults() != ["jobs_unavailable"]:
                     await asyncio.sleep(0.02)
             assert service.runner.breaker.faults == []
             other.execute("ROLLBACK")
         await service.until((await submitting).job_id, JobState.COMPLETED)
-        assert service.runner.list_faults(deadlines) == []
+        assert service.runner.list_faults() == []
+
+    serve(body)
+
+
+def test_a_stage_without_any_process_does_not_end_its_jobs(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of it waits for a process without end: the job waits in the queue instead."""
+    monkeypatch.setattr(runner_module, "_STAGES_PERIOD_S", 0.05)
+
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0, deadlines=StageDeadlines(*[(0.5, 0.5)] * 4))
+        service.stage.gate.clear()
+        job = await service.submit()
+        await service.until(job.job_id, JobState.IN_PROGRESS)
+        waits = await service.until(job.job_id, JobState.QUEUED)
+        assert (waits.fault, waits.attempts) == ("stage_failed: PromptTokenizer", 0)
+        service.stage.gate.set()
+        assert (await service.until(job.job_id, JobState.COMPLETED)).attempts == 1
 
     serve(body)
 

@@ -177,6 +177,6 @@ def test_an_open_ray_is_refused_unless_told_otherwise(run: Run, monkeypatch: pyt
 
 
 def test_the_callback_of_serves_proxies_is_the_guards() -> None:
-    name, _, value = proxy_guard.CALLBACK_VARIABLE.partition("=")
+    name, _, value = proxy_guard.CALLBACK_SETTING.partition("=")
     assert cli._LOCAL_RAY_ENVIRONMENT[name] == value
     assert callable(getattr(proxy_guard, value.rpartition(".")[2]))

@@ -38,7 +38,7 @@ class FakeGang:
         self.failure: Exception | None = None
         self.is_stopped = False
 
-    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_or_refuse(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         self.calls.append((method, arguments[0], timeout_s))
         if self.failure is not None:
             raise self.failure
