@@ -18,13 +18,17 @@ def give_memory_back() -> None:
     """Give memory of a large request back to the system soon; the C library would keep it for the next one."""
     if not _is_due.acquire(blocking=False):
         return
-    trimming = threading.Timer(_AFTER_S, _trim)  # its frames, and what Ray sends for it, end meanwhile
+    trimming = threading.Timer(_AFTER_S, _give_back)  # its frames, and what Ray sends for it, end meanwhile
     trimming.daemon = True
     trimming.start()
 
 
-def _trim() -> None:
+def _give_back() -> None:
     _is_due.release()
+    _trim()
+
+
+def _trim() -> None:
     gc.collect()  # errors and their frames, which hold bodies, refer to each other
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)

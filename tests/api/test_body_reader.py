@@ -295,11 +295,25 @@ def test_an_announced_but_unsent_body_holds_no_room() -> None:
 def test_memory_of_large_bodies_is_given_back(
     num_bytes: int, is_trimmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trimmed = threading.Event()
-    monkeypatch.setattr(process_memory, "_AFTER_S", 0.0)
-    monkeypatch.setattr(process_memory, "_trim", trimmed.set)
+    calls: list[bool] = []
+    monkeypatch.setattr(body_reader, "give_memory_back", lambda: calls.append(True))
     read(request_of(JSON, [b'{"a": "', b"a" * num_bytes, b'"}']), max_bytes=4_000_000)
-    assert trimmed.wait(10.0 if is_trimmed else 0.1) == is_trimmed
+    assert calls == [True] * is_trimmed
+
+
+def test_memory_is_given_back_once_for_requests_that_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops all threads of the process for a moment."""
+    trimmed = threading.Semaphore(0)
+    with process_memory._is_due:  # the requests of earlier tests are done
+        pass
+    monkeypatch.setattr(process_memory, "_AFTER_S", 0.3)
+    monkeypatch.setattr(process_memory, "_trim", trimmed.release)
+    for _ in range(3):
+        process_memory.give_memory_back()
+    assert trimmed.acquire(timeout=30.0)
+    process_memory.give_memory_back()
+    assert trimmed.acquire(timeout=30.0)
+    assert not trimmed.acquire(timeout=1.0)
 
 
 def test_large_bodies_are_parsed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
