@@ -338,6 +338,8 @@ def test_an_agent_is_called_without_a_proxy_and_what_is_kept_of_its_text_is_boun
     """Ray's own metrics take many times the bound after some hours."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setattr(cluster_metrics, "_MAX_NODE_BYTES", 1000)
+    for limit in ("_CONNECT_S", "_LIMIT_S"):
+        monkeypatch.setattr(cluster_metrics, limit, 60.0)
     ours = b"# HELP ray_cosmos3_a A.\n# TYPE ray_cosmos3_a gauge\nray_cosmos3_a 1.0\nray_serve_b 2.0\n"
     others = b"# HELP ray_tasks Tasks.\n" + b'ray_tasks{Name="ray_serve_x"} 1.0\n' * 10_000
     body = others + ours + others
