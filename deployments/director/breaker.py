@@ -22,7 +22,7 @@ logger = logging.getLogger("ray.serve")
 _PROBE_S = 1.0
 # Seconds before one job is tried where there is no probe; twice as many after each failure.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-# What rejected callers are told to wait.
+# Retry-After of rejected requests, in seconds.
 _RETRY_AFTER_S = 5
 # So many jobs in a row that have lost a stage's processes open the breaker: one alone may itself be the reason.
 _MAX_LOSSES = 2

@@ -192,14 +192,19 @@ def test_a_dead_runners_job_resumes_from_its_last_state(serve: Any) -> None:
     serve(body)
 
 
+async def save_and_die(service: Service) -> Job:
+    """Run a job until a state of it is saved, and end its runner like SIGKILL; return the job."""
+    service.stage.holds_after = 2
+    job = await service.submit()
+    while not service.files.exists(job.job_id, SAVED_STATE):
+        await asyncio.sleep(0.02)
+    service.die()
+    return job
+
+
 def test_a_damaged_state_is_dropped(serve: Any, tmp_path: Path) -> None:
     async def body(make: Callable[..., Service]) -> None:
-        first = make()
-        first.stage.holds_after = 2
-        job = await first.submit()
-        while not first.files.exists(job.job_id, SAVED_STATE):
-            await asyncio.sleep(0.02)
-        first.die()
+        job = await save_and_die(make())
         (path,) = (path for path in (tmp_path / "media").rglob(f"*{SAVED_STATE}*") if job.job_id in str(path))
         path.write_bytes(path.read_bytes()[:-1])
         second = make()
@@ -214,12 +219,7 @@ def test_a_state_that_cannot_be_read_just_now_is_waited_for(serve: Any, monkeypa
     """A disk that is away costs no work."""
 
     async def body(make: Callable[..., Service]) -> None:
-        first = make()
-        first.stage.holds_after = 2
-        job = await first.submit()
-        while not first.files.exists(job.job_id, SAVED_STATE):
-            await asyncio.sleep(0.02)
-        first.die()
+        job = await save_and_die(make())
         second = make()
         list_names, num_failures = second.files._objects.names, 0
 
