@@ -49,7 +49,7 @@ class Breaker:
     """
 
     def __init__(self, probes: Mapping[str, Callable[[], object]], on_may_claim: Callable[[], None]) -> None:
-        self._probes, self._on_close = probes, on_may_claim
+        self._probes, self._on_may_claim = probes, on_may_claim
         self._faults: dict[str, _Fault] = {}
         self._num_losses = 0
 
@@ -111,7 +111,7 @@ class Breaker:
         if probe is None:
             await asyncio.sleep(fault.pause_s)
             fault.may_try = True
-            self._on_close()
+            self._on_may_claim()
             return
         while True:
             await asyncio.sleep(_PROBE_S)
@@ -132,4 +132,4 @@ class Breaker:
         logger.warning("%s has passed after %.0f s", fault.what, time.monotonic() - fault.since_s)
         metrics().record(FAULTS, 0, fault.code)
         if not self._faults:
-            self._on_close()
+            self._on_may_claim()

@@ -138,17 +138,27 @@ class JobProgress:
         return silent_s if silent_s > factor * limit_s else 0.0
 
 
-def find_late_stages(jobs: Iterable[JobProgress], deadlines: StageDeadlines, factor: float = 1.0) -> dict[str, float]:
+def find_late_stages(jobs: Iterable[JobProgress], deadlines: StageDeadlines) -> dict[str, float]:
     """Return the stages that none of the jobs in them gets an answer from -> the shortest silence, in seconds."""
+    silent = _find_silent(jobs, deadlines)
+    return {stage: min(job.silent_s(deadlines) for job in waiting) for stage, waiting in sorted(silent.items())}
+
+
+def find_lost_jobs(jobs: Iterable[JobProgress], deadlines: StageDeadlines) -> list[JobProgress]:
+    """Return the jobs in late stages from which no answer is to be expected any more."""
+    return [job for waiting in _find_silent(jobs, deadlines, _LOST_FACTOR).values() for job in waiting]
+
+
+def _find_silent(
+    jobs: Iterable[JobProgress], deadlines: StageDeadlines, factor: float = 1.0
+) -> dict[str, list[JobProgress]]:
+    """Return the stages without an answer for any of their jobs -> those jobs."""
     jobs = list(jobs)
     is_file_made = any(job.has_file and not job.silent_s(deadlines, factor) for job in jobs)
-    silences: dict[str, list[float]] = {}
+    by_stage: dict[str, list[JobProgress]] = {}
     for job in jobs:
         if job.stage and not (job.waits_for_file and is_file_made):  # the encoders may be busy with other files
-            silences.setdefault(job.stage, []).append(job.silent_s(deadlines, factor))
-    return {stage: min(known) for stage, known in sorted(silences.items()) if all(known)}
-
-
-def find_lost_stages(jobs: Iterable[JobProgress], deadlines: StageDeadlines) -> dict[str, float]:
-    """Return the late stages from which no answer is to be expected any more."""
-    return find_late_stages(jobs, deadlines, _LOST_FACTOR)
+            by_stage.setdefault(job.stage, []).append(job)
+    return {
+        stage: waiting for stage, waiting in by_stage.items() if all(job.silent_s(deadlines, factor) for job in waiting)
+    }

@@ -29,7 +29,7 @@ from deployments.director.admission import RequestCheck
 from deployments.director.breaker import Breaker
 from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, StopReason
 from deployments.director.pipeline import Pipeline
-from deployments.director.progress import JobProgress, StageDeadlines, find_late_stages, find_lost_stages
+from deployments.director.progress import JobProgress, StageDeadlines, find_late_stages, find_lost_jobs
 from deployments.director.recorder import SAVED_STATE, Recorder, Retrier, SavedStates, result_of
 from deployments.errors import JobCancelled, JobsError, LeaseLost
 from deployments.failures import JOBS_FAULT, MEDIA_FAULT, Blame, Explanation, explain_error, translate_error
@@ -131,11 +131,13 @@ class JobRunner:
         """Stop the jobs in stages that are lost: calls of one without any process wait for a new one, without end."""
         while True:
             await asyncio.sleep(_STAGES_PERIOD_S)
-            for stage, seconds in find_lost_stages(self._list_progress(), self._deadlines).items():
-                for claimed in list(self._claimed.values()):
-                    if claimed.progress is not None and claimed.progress.stage == stage:
-                        error = StageFailed(stage, 1, f"no answer for {seconds:.0f} s")
-                        claimed.stop(StopReason.STAGE_LOST, error)
+            lost = find_lost_jobs(self._list_progress(), self._deadlines)
+            for claimed in list(self._claimed.values()):
+                if (progress := claimed.progress) in lost:
+                    seconds = progress.silent_s(self._deadlines)
+                    claimed.stop(
+                        StopReason.STAGE_LOST, StageFailed(progress.stage, 1, f"no answer for {seconds:.0f} s")
+                    )
 
     def wake(self) -> None:
         """Look for jobs now, because one was accepted."""

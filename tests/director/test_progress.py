@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.events import Event, QueuePosition, StepDone
-from deployments.director.progress import JobProgress, StageDeadlines, find_late_stages, find_lost_stages
+from deployments.director.progress import JobProgress, StageDeadlines, find_late_stages, find_lost_jobs
 from deployments.messages import (
     ChunkDecoded,
     ChunkEncoded,
@@ -54,7 +54,7 @@ class Run:
 
     def find_lost_after(self, seconds: float) -> list[str]:
         self.now_s += seconds
-        return [*find_lost_stages([self.progress], DEADLINES)]
+        return [job.stage for job in find_lost_jobs([self.progress], DEADLINES)]
 
 
 @pytest.mark.parametrize(
@@ -134,5 +134,9 @@ def test_jobs_that_wait_while_the_encoders_make_other_files_are_not_late() -> No
     assert find_late_stages(both, DEADLINES) == {"Mp4Encoder": 200, "VideoVAE": 400}
     running.note(ChunkDecoded(0, 0.0, 1), ChunkEncoded(0, 1))
     assert find_late_stages(both, DEADLINES) == {}
+    waiting.now_s += 1000
+    running.now_s += 1
+    assert find_lost_jobs(both, DEADLINES) == []
     running.note(ENCODED)
-    assert find_late_stages(both, DEADLINES) == {"Mp4Encoder": 200}
+    assert find_late_stages(both, DEADLINES) == {"Mp4Encoder": 1200}
+    assert find_lost_jobs(both, DEADLINES) == [waiting.progress]
