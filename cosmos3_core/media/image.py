@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 
 from cosmos3_core import checks
-from cosmos3_core.errors import MediaError, RequestError
+from cosmos3_core.errors import RequestError
 from cosmos3_core.media.file_kinds import DEFAULT_QUALITY, IMAGE_KINDS, MAX_QUALITY
-from cosmos3_core.media.output import OutputFile, Target
+from cosmos3_core.media.output import OutputFile, Target, describe_failure
 from cosmos3_core.media.pixels import Frames
 
 LOSSLESS_WEBP_QUALITY = 100
@@ -33,6 +33,7 @@ def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT
     Raises:
         RequestError: the frame has another dtype or shape, a setting is out of range, or the path is unusable.
         MediaError: the encoder or the disk failed; no file is left.
+        MemoryError: there is no memory for it; no file is left.
     """
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         given = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
@@ -43,9 +44,9 @@ def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT
     output = OutputFile(target)
     try:
         output.path.write_bytes(_encode_png(frame) if kind == "png" else _encode_lossy(frame, kind, quality))
-    except (av.FFmpegError, OSError, ValueError) as error:  # Pillow refuses with ValueError
+    except (av.FFmpegError, OSError, MemoryError, ValueError) as error:  # Pillow refuses with ValueError
         output.discard()
-        raise MediaError(f"the {kind.upper()} could not be written: {error}") from error
+        raise describe_failure(f"the {kind.upper()} could not be written", error) from error
     output.commit()
 
 

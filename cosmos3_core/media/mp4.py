@@ -27,7 +27,7 @@ from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media.aac import AacTrack, PacketInterleaver, check_aac
 from cosmos3_core.media.file_kinds import DEFAULT_CRF, MAX_CRF
 from cosmos3_core.media.live_mp4 import LiveMp4
-from cosmos3_core.media.output import MediaWriter, OutputFile, Target
+from cosmos3_core.media.output import MediaWriter, OutputFile, Target, describe_failure
 from cosmos3_core.media.pixels import Frames, check_frames
 from cosmos3_core.media.sound import SampleCounter, Samples, SoundFormat, sound_error
 from cosmos3_core.shapes import frame_rate
@@ -59,8 +59,8 @@ _MUXER_OPTIONS = {"movflags": "faststart", "fflags": "+bitexact"}
 
 _VIDEO, _SOUND = 0, 1  # tracks
 
-# Failures of FFmpeg and the file system, not our bugs.
-_FAILURES = (av.FFmpegError, OSError)
+# Failures of FFmpeg, the file system and the allocator, not our bugs.
+_FAILURES = (av.FFmpegError, OSError, MemoryError)
 
 
 def encoder_threads(height: int, width: int) -> int:
@@ -98,6 +98,7 @@ class Mp4Writer(MediaWriter):
     Raises:
         RequestError: an argument is out of range.
         MediaError: the encoder or a file could not be opened.
+        MemoryError: there is no memory for it, here and below.
     """
 
     def __init__(
@@ -138,19 +139,19 @@ class Mp4Writer(MediaWriter):
             self._open_encoder(threads)
         except _FAILURES as error:
             self.abort()
-            raise MediaError(f"the H.264 encoder did not start for {width}x{height}: {error}") from error
+            raise describe_failure(f"the H.264 encoder did not start for {width}x{height}", error) from error
         try:
             self._track = None if sound is None else AacTrack(self._container, sound)
         except _FAILURES as error:
             self.abort()
-            raise MediaError(f"the AAC encoder did not start for {sound}: {error}") from error
+            raise describe_failure(f"the AAC encoder did not start for {sound}", error) from error
         if live is not None:
             try:
                 self._container.start_encoding()  # streams are complete once the header is written
                 self._live = LiveMp4(Path(live), self._container.streams)
             except _FAILURES as error:
                 self.abort()
-                raise MediaError(f"the live file {live} could not be created: {error}") from error
+                raise describe_failure(f"the live file {live} could not be created", error) from error
 
     def _open_container(self, sound: SoundFormat | None) -> OutputContainer:
         # In units of a sample the edit list states the track's end exactly; the default unit is a millisecond.
@@ -160,7 +161,7 @@ class Mp4Writer(MediaWriter):
             return av.open(str(self._output.path), mode="w", format="mp4", container_options=options)
         except _FAILURES as error:
             self._output.discard()
-            raise MediaError(f"{self._output.path} could not be created: {error}") from error
+            raise describe_failure(f"{self._output.path} could not be created", error) from error
 
     def _open_encoder(self, threads: int) -> None:
         context = self._video.codec_context
@@ -193,7 +194,7 @@ class Mp4Writer(MediaWriter):
                 self.num_frames += 1
         except _FAILURES as error:
             self.abort()
-            raise MediaError(f"encoding stopped at frame {self.num_frames}: {error}") from error
+            raise describe_failure(f"encoding stopped at frame {self.num_frames}", error) from error
 
     def write_sound(self, samples: Samples) -> None:
         """Encode the next samples; they may come before, between or after the frames.
@@ -216,7 +217,7 @@ class Mp4Writer(MediaWriter):
             self._mux(self._order.add(_SOUND, self._track.encode(kept)))
         except _FAILURES as error:
             self.abort()
-            raise MediaError(f"encoding stopped at sample {self._counter.num_samples} of sound: {error}") from error
+            raise describe_failure(f"encoding stopped at sample {self._counter.num_samples} of sound", error) from error
 
     def _mux_video(self, packets: list[av.Packet[Any]]) -> None:
         self.num_encoded += len(packets)
@@ -265,7 +266,7 @@ class Mp4Writer(MediaWriter):
             self._container.close()
         except _FAILURES as error:
             self.abort()
-            raise MediaError(f"the file could not be finished after {self.num_frames} frames: {error}") from error
+            raise describe_failure(f"the file could not be finished after {self.num_frames} frames", error) from error
         self._is_open = False
         self._output.commit()
 

@@ -43,6 +43,14 @@ def path_with_suffix(out: str | Path | None, suffix: str) -> Path:
     return Path(out).with_name(name + suffix)
 
 
+def describe_failure(what: str, error: Exception) -> MediaError | MemoryError:
+    """Return the exception to raise after ``error`` of FFmpeg, Pillow or the disk.
+
+    It is a MemoryError if that is what failed: the file system and the encoder work.
+    """
+    return (MemoryError if isinstance(error, MemoryError) else MediaError)(f"{what}: {error}")
+
+
 class MediaWriter(ABC):
     """The writer of one file; a context manager that finishes the file, or leaves none after an exception."""
 

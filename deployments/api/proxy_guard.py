@@ -3,7 +3,9 @@
 Serve's server is uvicorn with httptools, which buffers a head of any size before any code sees it. Here uvicorn runs
 with h11, whose buffer is bounded. A front server of our own would add a hop to every request, and Serve's HAProxy mode
 listens on all interfaces and takes 30 s to stop. Bodies go on to a replica through a queue of Serve's that has no
-bound, and all that lies in it is packed as one message: :class:`_BodyWindow` keeps it short.
+bound, and all that lies in it is packed as one message: :class:`_BodyWindow` keeps it short. The replica's end of that
+queue has no bound either; the app reads it at once, up to its own bound, and requests whose body it never reads are
+refused here if that is large.
 
 Serve calls :func:`make_middlewares` in each proxy, as :data:`CALLBACK_SETTING` tells it. The command line sets that
 for the Ray that it starts; nodes of other clusters need it in their environment.
@@ -40,6 +42,8 @@ MAX_HEAD_BYTES, MAX_HEADERS, HEAD_S = 64 * 1024, 128, 20.0
 # For the answer to a client that has closed its half of the connection. One that has left looks the same, and its work
 # must stop soon.
 _HALF_CLOSED_S = 5.0
+_METHODS_WITH_BODIES = frozenset({"POST", "PUT", "PATCH"})
+_MAX_UNREAD_BYTES = 64 * 1024  # Some clients send a few bytes with a GET.
 # Parts of a body that may wait for the replica; uvicorn makes them a few hundred kB large at most.
 _MAX_WAITING_PARTS = 16
 # A mark of the app's own answers: :class:`deployments.api.app.Guard` sets it.
@@ -55,6 +59,12 @@ _TOO_SLOW = ApiError(408, "head_too_slow", f"the request's line and headers must
 _BROKEN = ApiError(400, "broken_request", "the request is not valid HTTP/1.1")
 _NOT_UTF8 = ApiError(
     400, "invalid_header", "headers that the service reads must be UTF-8, and this one has other bytes"
+)
+_UNREAD = ApiError(
+    413,
+    "body_too_large",
+    f"only POST, PUT and PATCH requests may have a body of more than {_MAX_UNREAD_BYTES} bytes, or without a "
+    "Content-Length",
 )
 _NO_ROUTE = ApiError(404, "no_such_route", "Not Found; /openapi.json has all routes")
 _FULL = ApiError(429, "overloaded", "too many requests wait for this app; try again later", {"retry-after": "5"})
@@ -87,6 +97,8 @@ class ProxyGuard:
             await self._app(scope, receive, send)
         elif path == _ROUTES_PATH:
             await _respond(_NO_ROUTE)(scope, receive, send)
+        elif scope["method"] not in _METHODS_WITH_BODIES and _has_large_body(Headers(scope=scope)):
+            await _respond(_UNREAD)(scope, receive, send)
         else:
             await self._serve(scope, receive, send)
 
@@ -159,6 +171,10 @@ class _BodyWindow:
     def _count_fetched(self) -> None:
         self._num_waiting -= 1
         self._has_fetched.set()
+
+
+def _has_large_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or int(headers.get("content-length", 0)) > _MAX_UNREAD_BYTES
 
 
 def _replace_error_of_serve(start: Message) -> JSONResponse | None:

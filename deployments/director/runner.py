@@ -51,8 +51,8 @@ _POSITION_PERIOD_S = 1.0
 _STAGES_PERIOD_S = 5.0
 # Seconds after a failed claim, as the database may be away.
 _PAUSE_S = 1.0
-# Seconds for which a write may wait for others before /ready names the database.
-_LONG_WAIT_S = 2.5
+# Seconds that a write may take, its wait for others included, before /ready names the database.
+_LONG_WRITE_S = 2.5
 # Seconds for which a stopping runner waits for the database.
 _RELEASE_S = 20.0
 
@@ -120,7 +120,7 @@ class JobRunner:
         late = find_late_stages(self._list_progress(), self._deadlines)
         faults = [*self.breaker.faults, *(f"{stage}: silent for {seconds:.0f} s" for stage, seconds in late.items())]
         # Not yet a fault of the breaker: no request is refused until a write has failed.
-        if self._store.longest_wait_s > _LONG_WAIT_S and not self.breaker.has_fault(JOBS_FAULT):
+        if self._store.longest_write_s > _LONG_WRITE_S and not self.breaker.has_fault(JOBS_FAULT):
             faults.insert(0, JOBS_FAULT)
         return faults
 

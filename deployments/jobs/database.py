@@ -103,7 +103,7 @@ class Database:
         self._secrets = _find_secrets(parsed)
         # SQLite waits by sleeping; threads of one process queue up here instead.
         self._write_lock = threading.Lock()
-        self._waiting_since_s: dict[object, float] = {}
+        self._writing_since_s: dict[object, float] = {}
         if self.is_sqlite:
             try:
                 with self._translate_errors():
@@ -139,37 +139,33 @@ class Database:
         self._engine.dispose()
 
     @property
-    def longest_wait_s(self) -> float:
-        """Seconds that the first of the write transactions that cannot begin has waited; 0 if none waits."""
+    def longest_write_s(self) -> float:
+        """Seconds since the start of the first write transaction that has not ended; 0 if there is none.
+
+        It waits for others, for a lock of one row or for the disk.
+        """
         now_s = time.monotonic()
-        return now_s - min(tuple(self._waiting_since_s.values()), default=now_s)
+        return now_s - min(tuple(self._writing_since_s.values()), default=now_s)
 
     @contextmanager
     def _write_transaction(self, lock: int | None = None) -> Iterator[Connection]:
         """Begin a write transaction, in PostgreSQL with an advisory lock."""
         with ExitStack() as stack:
-            with self._note_wait():
-                if self.is_sqlite:
-                    if not self._write_lock.acquire(timeout=BUSY_S):
-                        raise JobsError(
-                            f"{self.name}: other threads of this process kept it busy for {BUSY_S:g} s; try again"
-                        )
-                    stack.callback(self._write_lock.release)
-                connection = stack.enter_context(self._engine.connect())
-                connection.execution_options(is_writing=True)
-                stack.enter_context(connection.begin())
-                if lock is not None and not self.is_sqlite:
-                    _take_lock(connection, lock)
+            transaction = object()
+            self._writing_since_s[transaction] = time.monotonic()
+            stack.callback(self._writing_since_s.pop, transaction)
+            if self.is_sqlite:
+                if not self._write_lock.acquire(timeout=BUSY_S):
+                    raise JobsError(
+                        f"{self.name}: other threads of this process kept it busy for {BUSY_S:g} s; try again"
+                    )
+                stack.callback(self._write_lock.release)
+            connection = stack.enter_context(self._engine.connect())
+            connection.execution_options(is_writing=True)
+            stack.enter_context(connection.begin())
+            if lock is not None and not self.is_sqlite:
+                _take_lock(connection, lock)
             yield connection
-
-    @contextmanager
-    def _note_wait(self) -> Iterator[None]:
-        wait = object()
-        self._waiting_since_s[wait] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self._waiting_since_s[wait]
 
     def _check_clock(self) -> None:
         """Check this machine's clock against the server's: leases and expiry are compared with local clocks."""

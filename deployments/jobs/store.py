@@ -74,9 +74,9 @@ class JobStore:
         self._database.close()
 
     @property
-    def longest_wait_s(self) -> float:
-        """Seconds that the first of the writes that others keep waiting has waited; 0 if none waits."""
-        return self._database.longest_wait_s
+    def longest_write_s(self) -> float:
+        """Seconds since the start of the first write that has not ended; 0 if there is none."""
+        return self._database.longest_write_s
 
     # Accepting
 

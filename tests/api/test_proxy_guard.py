@@ -273,6 +273,22 @@ def test_probes_and_the_apps_own_answers_pass(client: Client, path: str, expecte
     assert (status, body) == expected
 
 
+@pytest.mark.parametrize("framing", [b"content-length: 10000000", b"transfer-encoding: chunked"])
+@pytest.mark.parametrize("method", [b"GET", b"DELETE"])
+def test_a_large_body_that_nobody_reads_is_refused(client: Client, method: bytes, framing: bytes) -> None:
+    """It would lie in the replica for as long as a video that it follows."""
+    client.send(method + b" / HTTP/1.1\r\nhost: a\r\n" + framing + b"\r\n\r\n")
+    assert client.read_error() == (413, "body_too_large")
+    assert client.is_closed()
+
+
+@pytest.mark.parametrize(("method", "num_bytes"), [(b"GET", 65536), (b"POST", 65537)])
+def test_other_bodies_pass(client: Client, method: bytes, num_bytes: int) -> None:
+    client.send(b"%s / HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % (method, num_bytes) + bytes(num_bytes))
+    status, _, body = client.read()
+    assert (status, body) == (200, b"2 headers, %d bytes" % num_bytes)
+
+
 def test_a_body_comes_no_faster_than_its_replica_fetches_it() -> None:
     async def run() -> None:
         async def receive() -> Message:

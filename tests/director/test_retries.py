@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from cluster.errors import GangLost, StageFailed
+from cluster.errors import GangLost, OutOfMemory, StageFailed
 from deployments.director import retries
 from deployments.director.retries import retry_stage
 from deployments.messages import RequestContext, StageRetried
@@ -17,7 +17,7 @@ DIED, AWAY = ActorDiedError(), ActorUnavailableError("connection refused", None)
 LOST = GangLost("step", "a rank died")
 
 
-async def call(failures: list[Exception]) -> list[object]:
+async def call(failures: Iterable[Exception]) -> list[object]:
     """Run a stage that raises each failure in turn, then yields "done"; return the retries' numbers and "done"."""
     coming = iter(failures)
 
@@ -39,6 +39,15 @@ def test_tries_that_reach_nobody_or_fail_by_others_do_not_count(failures: list[E
 def test_deaths_count(failures: list[Exception]) -> None:
     with pytest.raises(StageFailed, match="'encode' failed 3 times; last: ActorDiedError"):
         run(call(failures))
+
+
+@pytest.mark.parametrize("failure", [OutOfMemory("of 1 GiB"), MemoryError("of 1 GiB")])
+def test_a_request_without_room_is_tried_once(failure: Exception) -> None:
+    """Other processes of the stage have no more memory."""
+    failures = iter([failure, DIED])
+    with pytest.raises(OutOfMemory, match="of 1 GiB"):
+        run(call(failures))
+    assert list(failures) == [DIED]
 
 
 def test_a_process_that_stays_away_counts_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,27 +250,30 @@ def test_waiting_for_the_lock_times_out(tmp_path: Path, monkeypatch: pytest.Monk
     holder.close()
 
 
-def test_a_write_that_waits_for_others_is_known(jobs_url: str) -> None:
+@pytest.mark.parametrize("is_queue", [True, False], ids=["queue lock", "row lock"])
+def test_a_write_that_waits_for_others_is_known(jobs_url: str, is_queue: bool) -> None:
     """Before it fails: a locked database is named to clients after seconds."""
     opened, other = Database(jobs_url), Database(jobs_url)
+    with other.writing() as connection:
+        connection.exec_driver_sql("INSERT INTO runners (runner, model, alive_s) VALUES ('r', 'm', 0)")
 
-    def write() -> None:
-        with opened.writing(is_queue=True):
-            pass
+    def write(database: Database = opened) -> None:
+        with database.writing(is_queue=is_queue) as connection:
+            connection.exec_driver_sql("UPDATE runners SET alive_s = 1")
 
-    assert opened.longest_wait_s == 0
+    assert opened.longest_write_s == 0
     waits = [threading.Thread(target=write) for _ in range(2)]
-    with other.writing(is_queue=True):
+    with other.writing(is_queue=is_queue) as connection:
+        connection.exec_driver_sql("UPDATE runners SET alive_s = 2")
         for wait in waits:
             wait.start()
         until_s = time.monotonic() + DEADLINE_S
-        while opened.longest_wait_s < 0.2 and time.monotonic() < until_s:
+        while opened.longest_write_s < 0.2 and time.monotonic() < until_s:
             time.sleep(0.01)
-        assert 0.2 <= opened.longest_wait_s < DEADLINE_S
-        assert other.longest_wait_s == 0, "the one that writes does not wait"
+        assert 0.2 <= opened.longest_write_s < DEADLINE_S
     for wait in waits:
         wait.join(DEADLINE_S)
-    assert opened.longest_wait_s == 0
+    assert opened.longest_write_s == 0
     opened.close()
     other.close()
 

@@ -206,7 +206,7 @@ def test_a_locked_database_is_named_before_a_write_fails(
     serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A lock that passes refuses no request, but /ready says what everybody waits for."""
-    monkeypatch.setattr(runner_module, "_LONG_WAIT_S", 0.2)
+    monkeypatch.setattr(runner_module, "_LONG_WRITE_S", 0.2)
 
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)

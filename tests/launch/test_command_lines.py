@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray.serve._private import constants
 
 from deployments.api import proxy_guard
 from deployments.launch import cli
@@ -180,3 +181,10 @@ def test_the_callback_of_serves_proxies_is_the_guards() -> None:
     name, _, value = proxy_guard.CALLBACK_SETTING.partition("=")
     assert cli._LOCAL_RAY_ENVIRONMENT[name] == value
     assert callable(getattr(proxy_guard, value.rpartition(".")[2]))
+
+
+def test_serve_still_reads_the_settings_of_the_local_ray() -> None:
+    """Serve ignores names that it does not know."""
+    read = Path(constants.__file__).read_text()
+    names = [name for name in cli._LOCAL_RAY_ENVIRONMENT if name.startswith("RAY_SERVE_")]
+    assert [name for name in names if f'"{name}"' not in read] == []

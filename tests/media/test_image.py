@@ -133,11 +133,12 @@ def test_a_side_that_the_format_cannot_state_is_refused(tmp_path):
         write_image(tmp_path / "a.webp", np.zeros((1, 16384, 3), np.uint8), "webp")
 
 
-def test_a_failing_encoder_is_a_media_error_and_leaves_nothing(tmp_path, clip, monkeypatch):
+@pytest.mark.parametrize(("failure", "raised"), [(OSError, MediaError), (MemoryError, MemoryError)])
+def test_a_failing_encoder_leaves_nothing(tmp_path, clip, monkeypatch, failure, raised):
     def fail(*_):
-        raise OSError("encoder error -2")
+        raise failure("encoder error -2")
 
     monkeypatch.setattr(image_module, "_encode_lossy", fail)
-    with pytest.raises(MediaError, match="the JPEG could not be written: encoder error"):
+    with pytest.raises(raised, match="the JPEG could not be written: encoder error"):
         write_image(tmp_path / "a.jpg", clip[0], "jpeg")
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -213,20 +214,30 @@ def test_the_file_appears_at_close_and_not_before(tmp_path, clip):
     assert probe_video(path).num_frames == 13
 
 
-def test_a_failing_encoder_is_a_media_error_and_leaves_nothing(tmp_path, clip, monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (OSError(28, "No space left on device"), MediaError),
+        (av.error.MemoryError(12, "Cannot allocate memory"), MemoryError),
+        (MemoryError("5 GiB"), MemoryError),
+    ],
+)
+def test_a_failing_encoder_leaves_nothing(tmp_path, clip, monkeypatch, failure, raised):
+    """Without memory it is the request that asks for too much; the disk and the encoder work."""
     writer = Mp4Writer(tmp_path / "clip.mp4", fps=24, height=48, width=80)
     writer.write(clip[:2])
 
     def fail(packets):
-        raise OSError(28, "No space left on device")
+        raise failure
 
-    class FullDisk:
+    class FailingContainer:
         mux = staticmethod(fail)
         close = writer._container.close
 
-    monkeypatch.setattr(writer, "_container", FullDisk())
-    with pytest.raises(MediaError, match=r"stopped at frame 2: .*No space left"):
+    monkeypatch.setattr(writer, "_container", FailingContainer())
+    with pytest.raises(Exception, match=rf"stopped at frame 2: {re.escape(str(failure))}") as caught:
         writer.write(clip[2:])
+    assert type(caught.value) is raised
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ClosedError):
         writer.write(clip)

@@ -32,7 +32,7 @@ SERVED = {
     "clip streams": r"ray::ClipStreams",
     "Serve's controller": r"ray::ServeController",
 }
-STOPPED = ("Ingress", "Director", "tokenizer")
+STOPPED = ("Ingress", "Director", "tokenizer", "transformer leader", "VAE leader", "encoder")
 """Kinds that are stopped as well, and hang: Serve's checks of their health find it."""
 RAYS = {"GCS": r"/gcs_server ", "raylet": r"/raylet/raylet "}
 _AGENT, _STOP, _NOTHING = "agent", "stopped ", "nothing"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import pickle
 import threading
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import av
 import numpy as np
 import pytest
 
@@ -17,9 +19,11 @@ from cluster.clip_stream import ClipStreams
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, StreamClosed
 from cosmos3_core.errors import ClosedError
+from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.media.writer import ClipFormat
 from deployments.config import MediaConfig
+from deployments.failures import Blame, explain_error
 from deployments.jobs.job import new_job_id
 from deployments.media.layout import DONE, FAILED, new_media_id
 from deployments.media.store import MediaStore
@@ -94,6 +98,27 @@ def test_a_request_past_its_deadline_leaves_a_failed_file(tmp_path: Path) -> Non
             async for _ in bench.encode(limit_s=0.5):
                 pass
         assert bench.state == FAILED
+
+    run(body())
+
+
+def test_a_clip_without_room_fails_as_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retry on another encoder would meet the same; see tests/director/test_retries.py."""
+
+    def fail(*_: Any) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(Mp4Writer, "_mux_video", fail)
+
+    async def body() -> None:
+        bench = Bench(tmp_path, 1)
+        await bench.post_all()
+        with pytest.raises(MemoryError) as caught:
+            async for _ in bench.encode():
+                pass
+        explained = explain_error(pickle.loads(pickle.dumps(caught.value)))
+        assert (explained.code, explained.blame, bench.state) == ("out_of_memory", Blame.REQUEST, FAILED)
+        assert "encoding stopped at frame 0" in explained.message
 
     run(body())
 
