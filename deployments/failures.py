@@ -153,7 +153,7 @@ class Explanation(NamedTuple):
     Attributes:
         error: translated.
         status: of its HTTP answer; 500 for an unknown type.
-        is_complete: whether the message says everything; otherwise the error must be logged.
+        needs_log: whether the message hides what the error says, which must then be logged.
         blame: what it is blamed on.
     """
 
@@ -161,7 +161,7 @@ class Explanation(NamedTuple):
     status: int
     code: str
     message: str
-    is_complete: bool
+    needs_log: bool
     blame: Blame
 
     @property
@@ -178,7 +178,7 @@ def explain_error(error: BaseException) -> Explanation:
     """Look up what an error means to a caller."""
     error = translate_error(error, "director")
     if isinstance(error, ApiError):
-        return Explanation(error, error.status, error.code, error.message, is_complete=True, blame=Blame.REQUEST)
+        return Explanation(error, error.status, error.code, error.message, needs_log=False, blame=Blame.REQUEST)
     found = ((status, code, blame) for kind, status, code, blame in _TABLE if isinstance(error, kind))
     status, code, blame = next(found, (500, _INTERNAL, Blame.REQUEST))
     hidden = _MESSAGES.get(code)
@@ -186,4 +186,4 @@ def explain_error(error: BaseException) -> Explanation:
         hidden = f"the stage {error.stage!r} failed {error.attempts} times; {_LOGGED}"
     elif isinstance(error, GangFailed):
         hidden = f"a gang of processes failed during {error.phase!r}; {_LOGGED}"
-    return Explanation(error, status, code, hidden or str(error), is_complete=hidden is None, blame=blame)
+    return Explanation(error, status, code, hidden or str(error), needs_log=hidden is not None, blame=blame)

@@ -29,14 +29,20 @@ _HOME = tempfile.TemporaryDirectory(prefix="cosmos3-home-")
 os.environ["HOME"] = _HOME.name
 
 
-# Files of tests/graph whose tests start a Ray of their own: one of each group at a time, as each needs gigabytes.
+# Files of tests/graph whose tests start a Ray of their own: one of each half at a time, as each needs gigabytes.
 _OWN_RAY = {
     f"tests/graph/test_{name}.py": group
-    for group, names in {"first": ("restart", "memory", "secrets"), "second": ("cli", "pages", "autoscaling")}.items()
+    for group, names in {
+        "own Ray, half 1": ("restart", "memory", "secrets"),
+        "own Ray, half 2": ("cli", "pages", "autoscaling"),
+    }.items()
     for name in names
 }
 # What shares something that a session starts: Ray, an app, ranks, diffusers, PostgreSQL. The longest come first.
-_SHARING = ["tests/graph", "first", "second", *(f"tests/{name}" for name in ("parallel", "parity", "app", "jobs"))]
+_SHARING = [
+    *("tests/graph", "own Ray, half 1", "own Ray, half 2"),
+    *(f"tests/{name}" for name in ("parallel", "parity", "app", "jobs")),
+]
 
 
 def _scope(nodeid: str) -> str:

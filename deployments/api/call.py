@@ -99,7 +99,7 @@ def _respond(error: ApiError, **details: str) -> JSONResponse:
 
 def answer_error(error: Exception, operation: str) -> JSONResponse:
     """Return the answer for the error of an operation; log one that the answer does not explain."""
-    if not explain_error(error).is_complete:
+    if explain_error(error).needs_log:
         logger.exception("%s failed", operation)
     return error_response(error)
 

@@ -361,7 +361,7 @@ class JobRunner:
             explained = explain_error(failure)
             if explained.blame is not Blame.REQUEST:
                 return await self._postpone(claimed, recorder, explained)
-            if not explained.is_complete:
+            if explained.needs_log:
                 logger.error("%s failed", claimed.job.job_id, exc_info=failure)
             outcome = Outcome(JobState.FAILED, error_code=explained.code, error_message=explained.message)
         else:

@@ -309,7 +309,7 @@ class JobStore:
         return swept
 
     def _sweep_some(self, before_s: float, max_kept: int | None) -> Sequence[Job]:
-        ended = JOBS.c.completed_s.is_not(None)
+        ended = JOBS.c.completed_s >= 0.0  # as IS NOT NULL, for which SQLite would read the whole table
         # A file stays until its expiry, however many jobs there are.
         is_spare = or_(JOBS.c.attached_to.is_not(None), JOBS.c.expires_s.is_(None), JOBS.c.expires_s < self._clock())
         # Several processes may sweep; each job is returned to one of them.

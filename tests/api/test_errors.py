@@ -66,7 +66,7 @@ def test_every_error_of_a_stage_is_blamed_on_something(kind: type[Exception]) ->
 def test_errors_of_ray_are_blamed_on_the_stage(error: Exception) -> None:
     explained = explain_error(error)
     assert (explained.blame, explained.code, explained.what) == (Blame.STAGE, "stage_failed", "stage_failed: director")
-    assert not explained.is_complete
+    assert explained.needs_log
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_each_error_has_its_status(error: Exception, status: int, code: str, ret
     assert (is_hidden or isinstance(error, HTTPException)) != (str(error) in body["message"])
     if not isinstance(error, HTTPException):
         explained = explain_error(error)
-        assert explained.is_complete != is_hidden
+        assert explained.needs_log == is_hidden
         assert (explained.code, explained.message) == (code, body["message"]), "the same of a job that failed"
     if isinstance(error, RequestError):
         assert (body["param"], body["given"], body["allowed"]) == ("seed", "-1", "0 or more")

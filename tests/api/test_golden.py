@@ -403,13 +403,13 @@ def test_error_table(api: Api, golden: Golden) -> None:
     for name, error in _ERRORS.items():
         answer = error_response(error)
         headers = dict(answer.headers.items())
-        _, _, code, message, is_complete, _ = explain_error(error)
+        _, _, code, message, needs_log, _ = explain_error(error)
         text = bytes(answer.body).decode()
         client = _as_json(read_refusal(answer.status_code, "reason", headers, text, "once"))
         is_frameworks = isinstance(error, HTTPException)  # raised and read over HTTP alone
         table[name] = {
             "http": {"status": answer.status_code, "headers": headers, "body": text},
-            "is told": is_complete or is_frameworks,
+            "is told": not needs_log or is_frameworks,
             "of a job": [code, message],
             "client": client,
             "client over handles": client if is_frameworks else _as_json(_translate(error)),
