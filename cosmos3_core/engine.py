@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from cosmos3_core import phyai
+from cosmos3_core.checkpoint.components import check_weights
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.load import check_weights, load_audio_vae, load_transformer, load_video_vae
+from cosmos3_core.checkpoint.load import load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.conditioning.clean import clean_latents
 from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.denoise_request import DenoiseRequest

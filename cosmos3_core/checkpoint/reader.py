@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cosmos3_core.checkpoint.tensors import Shape
+from cosmos3_core.checkpoint.tensors import ParameterPlan, Shape
 from cosmos3_core.checkpoint.weight_files import (
     FLOAT_DTYPES,
     TensorEntry,
@@ -40,19 +40,8 @@ from cosmos3_core.parallel.sharding import WHOLE_MODEL, Shard, Split, split_of
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ParameterPlan:
-    """The stored tensors that fill one module parameter.
-
-    Attributes:
-        target: the parameter's name in the module.
-        sources: published names; a fused parameter stacks their parts along dim 0, in this order.
-        dtype: the parameter's dtype if it differs from the module's: the time embedder stays fp32.
-    """
-
-    target: str
-    sources: tuple[str, ...]
-    dtype: torch.dtype | None = None
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""torch's types for :data:`FLOAT_DTYPES`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,7 @@ def load_parameters(
     Args:
         module: its parameters are replaced, with ``requires_grad=False``.
         plans: one for each parameter of the module.
-        dtype: floating-point type of the parameters whose plan names none.
+        dtype: floating-point type of the parameters that do not stay fp32.
         shard: the rank's share of the tensors that ``split`` splits.
         split: published name -> how the tensor is split.
 
@@ -164,7 +153,7 @@ def _resolve(
     for plan in plans:
         entries = tuple(files.tensors[name] for name in plan.sources)
         _check_floating(entries)
-        target_dtype = plan.dtype or dtype
+        target_dtype = torch.float32 if plan.is_fp32 else dtype
         assert target_dtype.is_floating_point, f"{plan.target}: weights convert between floating-point types only"
         parts = tuple(_cut(entry, shard, split(entry.name)) for entry in entries)
         needed = tuple(parameters[plan.target].shape)
@@ -254,7 +243,7 @@ class _StagedReader:
         for row in range(0, num_rows, rows_at_once):
             end = min(row + rows_at_once, num_rows)
             self._read(entry, entry.begin_byte + (part.rows.start + row) * row_bytes, (end - row) * row_bytes)
-            staged = self._staging[: (end - row) * row_bytes].view(FLOAT_DTYPES[entry.dtype])
+            staged = self._staging[: (end - row) * row_bytes].view(TORCH_DTYPES[entry.dtype])
             rows = staged.view(end - row, *entry.shape[1:]).to(target.device)
             target[row:end].copy_(rows if part.columns is None else rows[:, part.columns])
 

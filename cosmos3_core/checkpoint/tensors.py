@@ -10,6 +10,7 @@ Source: the modules of diffusers 0.42.1 that the files were saved from (``Cosmos
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 from cosmos3_core.checkpoint.configs import AudioVAEConfig, TransformerConfig, VideoVAEConfig
 
@@ -18,6 +19,21 @@ TensorTable = dict[str, Shape]
 
 NUM_TIMESTEP_FEATURES = 256
 """Width of the sinusoid that the time embedder reads; not a config key, fixed by the published weights."""
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """The stored tensors that fill one module parameter.
+
+    Attributes:
+        target: the parameter's name in the module.
+        sources: published names; a fused parameter stacks their parts along dim 0, in this order.
+        is_fp32: whether it stays fp32 whatever the module's dtype: the time embedder does.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    is_fp32: bool = False
 
 
 # --- transformer -----------------------------------------------------------------------------------------------------

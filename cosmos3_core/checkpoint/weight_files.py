@@ -1,6 +1,6 @@
 """The safetensors files of one component: finds them, reads their headers and compares those with the model's needs.
 
-Nothing here reads a tensor, allocates anything large or unpickles: reading a pickle runs code.
+Nothing here reads a tensor, allocates anything large or unpickles: reading a pickle runs code. No torch here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cosmos3_core.checkpoint.aliases import find_published_name
 from cosmos3_core.checkpoint.configs import read_json_object
 from cosmos3_core.checkpoint.tensors import Shape
@@ -31,7 +29,8 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x
 _MAX_SHOWN = 8
 _AGAIN = "Download the file again."
 
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""safetensors' codes of the floating-point types that weights may have."""
 _QUANTISED_BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4
 }  # fmt: skip
@@ -102,8 +101,8 @@ class WeightFiles:
         raise _no_weights(component_dir)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The floating-point type of most of the stored bytes; single tensors may have another one.
+    def dtype(self) -> str:
+        """safetensors' code of the floating-point type that most of the stored bytes have.
 
         Raises:
             CapabilityError: the weights are quantised to fp8 or less.
@@ -116,7 +115,7 @@ class WeightFiles:
                 num_bytes[entry.dtype] += entry.num_bytes
         if not num_bytes:
             raise TensorMismatchError(self.directory, "the weights hold no floating-point tensor", _AGAIN)
-        return FLOAT_DTYPES[num_bytes.most_common(1)[0][0]]
+        return num_bytes.most_common(1)[0][0]
 
     @property
     def num_files(self) -> int:

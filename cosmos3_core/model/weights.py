@@ -1,16 +1,13 @@
 """The sources of each parameter of :class:`Cosmos3Transformer`: its name -> published tensor names.
 
 Sources of one parameter are stacked along dim 0 (fused QKV, fused gate and up). :func:`find_unused_tensors` lists the
-published tensors without a parameter: the loader accepts them in a file and does not read them.
+published tensors without a parameter: the loader accepts them in a file and does not read them. No torch here.
 """
 
 from __future__ import annotations
 
-import torch
-
 from cosmos3_core.checkpoint.configs import TransformerConfig
-from cosmos3_core.checkpoint.reader import ParameterPlan
-from cosmos3_core.checkpoint.tensors import transformer_tensors
+from cosmos3_core.checkpoint.tensors import ParameterPlan, transformer_tensors
 
 
 def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
@@ -24,7 +21,7 @@ def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
             for kind in ("weight", "bias")
         ),
         *(
-            ParameterPlan(f"time_embedder.{name}", (f"time_embedder.{name}",), dtype=torch.float32)
+            ParameterPlan(f"time_embedder.{name}", (f"time_embedder.{name}",), is_fp32=True)
             for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
         ),
     ]

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from cosmos3_core.checkpoint.components import check_weights
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.auth import check_keys, is_loopback, requires_key
 from deployments.api.ingress import find_serve_address
@@ -151,7 +152,9 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
         KeyboardInterrupt: Ctrl-C or SIGTERM; a second one also while running requests finish.
     """
     start_s = time.monotonic()
-    config = config.model_copy(update={"checkpoint": CheckpointLayout.open(config.checkpoint).directory})
+    layout = CheckpointLayout.open(config.checkpoint)
+    check_weights(layout)
+    config = config.model_copy(update={"checkpoint": layout.directory})
     needs = sum_needs(config)
     _check_access(config, report)
     with ray_session(placement):

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cosmos3_core.checkpoint import reader
-from cosmos3_core.checkpoint.reader import ParameterPlan, load_parameters
+from cosmos3_core.checkpoint.reader import load_parameters
+from cosmos3_core.checkpoint.tensors import ParameterPlan
 from cosmos3_core.checkpoint.weight_files import WeightFiles, check_tensors
 from cosmos3_core.errors import CapabilityError, CorruptFileError, MissingFileError, RequestError, TensorMismatchError
 from cosmos3_core.parallel.sharding import Shard, Split
@@ -86,7 +87,7 @@ def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
 def test_the_stored_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
     few = random_tensors({"time_embedder.linear_1.bias": (4,)}, torch.float32)
     write_single(tmp_path, random_tensors({"norm.weight": (16,)}) | few)
-    assert WeightFiles.open(tmp_path).dtype is torch.bfloat16
+    assert WeightFiles.open(tmp_path).dtype == "BF16"
 
 
 def test_missing_weights_say_what_is_there_instead(tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ PLANS = [
     ParameterPlan("out.bias", (f"{LAYER}.self_attn.to_out.bias",)),
     ParameterPlan("mlp.up.weight", (f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight")),
     ParameterPlan("mlp.down.weight", (f"{LAYER}.mlp.down_proj.weight",)),
-    ParameterPlan("time.weight", ("time_embedder.linear_1.weight",), dtype=torch.float32),
+    ParameterPlan("time.weight", ("time_embedder.linear_1.weight",), is_fp32=True),
 ]
 
 

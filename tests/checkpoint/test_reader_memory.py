@@ -25,7 +25,8 @@ import sys, threading
 from pathlib import Path
 import torch
 from torch import nn
-from cosmos3_core.checkpoint.reader import ParameterPlan, load_parameters
+from cosmos3_core.checkpoint.reader import load_parameters
+from cosmos3_core.checkpoint.tensors import ParameterPlan
 from cosmos3_core.checkpoint.weight_files import WeightFiles
 from cosmos3_core.parallel.sharding import Shard
 

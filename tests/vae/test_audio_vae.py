@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cosmos3_core.checkpoint.components import check_weights
 from cosmos3_core.checkpoint.configs import AudioVAEConfig
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.load import check_weights, load_audio_vae
+from cosmos3_core.checkpoint.load import load_audio_vae
 from cosmos3_core.checkpoint.tensors import audio_vae_tensors
 from cosmos3_core.errors import CapabilityError, MissingFileError, RequestError, TensorMismatchError
 from cosmos3_core.vae.audio import AudioVAE
