@@ -232,8 +232,8 @@ def test_a_bad_checkpoint_is_refused_with_the_file_named(
 
 
 @pytest.mark.parametrize("given", ["nvidia/Cosmos3-Nano", "/no/such/place"])
-def test_a_hub_name_or_a_wrong_path_says_that_a_local_path_is_needed(given: str) -> None:
-    with pytest.raises(MissingFileError, match="local path"):
+def test_a_hub_name_or_a_wrong_path_says_what_to_do(given: str) -> None:
+    with pytest.raises(MissingFileError, match="`cosmos3 download OWNER/NAME` fetches"):
         Engine(given, device="cpu")
 
 

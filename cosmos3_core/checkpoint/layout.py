@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from cosmos3_core.checkpoint.configs import (
     geometry,
     read_json_object,
 )
+from cosmos3_core.checkpoint.hub import DOWNLOAD_HINT, find_cached, find_snapshot
 from cosmos3_core.errors import CheckpointError, CorruptFileError, MissingFileError
 from cosmos3_core.shapes import Geometry
 
@@ -34,9 +34,15 @@ PIPELINE_CLASSES = ("Cosmos3OmniPipeline", "Cosmos3OmniDiffusersPipeline")
 
 _REQUIRED = ("transformer", "vae", "text_tokenizer", "scheduler")
 _OPTIONAL = ("sound_tokenizer", "vision_encoder")
+# Key of the presets -> published model.
+_PUBLISHED = {
+    "nano": "Cosmos3-Nano",
+    "super": "Cosmos3-Super",
+    "edge": "Cosmos3-Edge",
+    "nano-policy-droid": "Cosmos3-Nano-Policy-DROID",
+}
+_OWNER = "nvidia/"
 _NEVER_READ = ("vision_encoder",)  # the reasoner's; generation does not read it, so a download may leave it out
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,11 @@ class CheckpointLayout:
         """Read and check a checkpoint's small files.
 
         Args:
-            directory: local path of the directory that holds model_index.json.
+            directory: the directory that holds model_index.json; a repository of the Hugging Face hub that lies in the
+                local cache, as ``OWNER/NAME``, ``OWNER/NAME@REVISION`` or ``NAME``; or its folder there.
 
         Raises:
-            MissingFileError: the directory (a Hugging Face name, perhaps), a file or a component is missing.
+            MissingFileError: the directory or repository, a file or a component is missing.
             CorruptFileError: a file is damaged, or two configs contradict each other.
             CheckpointError: the checkpoint is another pipeline's.
             CapabilityError: this version does not support its scheduler or VAE.
@@ -141,6 +148,12 @@ class CheckpointLayout:
         """
         return "nano-policy-droid" if self.variant == "nano" and "policy-droid" in self.name.lower() else self.variant
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names by which clients know the model: the checkpoint's, and those of the published one that it resembles."""
+        published = _PUBLISHED[self.preset_kind]
+        return tuple(dict.fromkeys((self.name, *(f"{_OWNER}{name}" for name in (self.name, published)), published)))
+
     def component_dir(self, component: str) -> Path:
         """Return the directory of a component, such as "vae".
 
@@ -186,11 +199,13 @@ def read_negative_prompt(directory: Path) -> str | None:
 def _local_directory(given: str | os.PathLike[str]) -> Path:
     path = Path(given).expanduser()
     if path.is_dir():
-        return Path(os.path.abspath(path))  # other processes, with other working directories, open it too
-    hint = "A local path to a downloaded checkpoint is needed."
-    if _HUB_NAME.fullmatch(str(given)):
-        hint += f" If this is a Hugging Face name: `hf download {given} --local-dir DIR`, then give DIR."
-    raise MissingFileError(path, "is a file, not a directory" if path.exists() else "no such directory", hint)
+        # Absolute: other processes, with other working directories, open it too.
+        return Path(os.path.abspath(find_snapshot(path) or path))
+    if path.exists():
+        raise MissingFileError(path, "is a file, not a directory", "Give the directory that holds model_index.json.")
+    if cached := find_cached(str(given)):
+        return cached
+    raise MissingFileError(path, "no such directory, nor such a repository in the hub's local cache", DOWNLOAD_HINT)
 
 
 def _checkpoint_name(root: Path) -> str:

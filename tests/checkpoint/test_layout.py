@@ -172,12 +172,12 @@ def test_the_backbone_is_read_from_the_transformers_config(root: Path) -> None:
 
 
 def test_a_hub_name_gets_the_command_that_downloads_it() -> None:
-    with pytest.raises(MissingFileError, match=r"local path .* is needed.*hf download nvidia/Cosmos3-Nano"):
+    with pytest.raises(MissingFileError, match=r"nor such a repository .*cache\. `cosmos3 download"):
         CheckpointLayout.open("nvidia/Cosmos3-Nano")
 
 
-def test_a_missing_directory_is_not_taken_for_a_hub_name(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match=r"nowhere: no such directory\. A local path[^`]*$"):
+def test_a_missing_directory_gets_the_commands_that_make_one(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=r"nowhere: no such directory.*`cosmos3 tiny-checkpoint DIR`"):
         CheckpointLayout.open(tmp_path / "nowhere")
 
 
