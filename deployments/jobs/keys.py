@@ -97,7 +97,7 @@ class KeyStore:
     def create(self, new: NewKey) -> tuple[ApiKey, str]:
         """Make a key; return it with its text, which cannot be shown again.
 
-        Raise RequestError if a value is out of range, JobsError if there are too many keys.
+        Raise RequestError if a value is out of range or a valid key has that name, JobsError if there are too many.
         """
         checks.text("name", new.name, _MAX_NAME_CHARS, may_be_empty=False)
         if not new.name.isprintable():
@@ -116,8 +116,10 @@ class KeyStore:
             secret_sha256=_hash(secret),
         )
         with self._database.writing() as connection:
-            valid = select(func.count()).select_from(API_KEYS).where(API_KEYS.c.revoked_s.is_(None))
-            if connection.execute(valid).scalar_one() >= MAX_KEYS:
+            is_valid = API_KEYS.c.revoked_s.is_(None)
+            if connection.execute(select(API_KEYS.c.key_id).where(is_valid, API_KEYS.c.name == new.name)).first():
+                raise RequestError("name", new.name, "a name that no valid key has", "Remove that one first.")
+            if connection.execute(select(func.count()).select_from(API_KEYS).where(is_valid)).scalar_one() >= MAX_KEYS:
                 raise JobsError(f"at most {MAX_KEYS} keys may be valid at one time; revoke one first")
             connection.execute(insert(API_KEYS).values(_columns(key)))
         return key, f"c3_{key.key_id}_{secret}"
@@ -142,16 +144,24 @@ class KeyStore:
             rows = connection.execute(select(API_KEYS).order_by(API_KEYS.c.created_s, API_KEYS.c.key_id)).all()
         return tuple(_key_of(row) for row in rows)
 
-    def revoke(self, key_id: str) -> ApiKey:
-        """Revoke a key, which may be revoked already; its jobs stay. Raise RequestError if there is no such key."""
-        this = API_KEYS.c.key_id == key_id
+    def revoke(self, key: str) -> ApiKey:
+        """Revoke the key of an id, which may be revoked already, or the valid key of a name; its jobs stay.
+
+        Raise RequestError if there is no such key, or several have that name, as earlier releases allowed.
+        """
+        has_name = (API_KEYS.c.name == key) & API_KEYS.c.revoked_s.is_(None)
         with self._database.writing() as connection:
+            found = connection.execute(select(API_KEYS.c.key_id).where((API_KEYS.c.key_id == key) | has_name)).scalars()
+            ids = sorted(found)
+            if key in ids:
+                ids = [key]
+            if len(ids) != 1:
+                hint = f"{' and '.join(ids)} have that name." if ids else "`cosmos3 keys list` shows them."
+                raise RequestError("key", key, "the id of a key, or the name of a valid one", hint)
+            this = API_KEYS.c.key_id == ids[0]
             still_valid = this & API_KEYS.c.revoked_s.is_(None)
             connection.execute(update(API_KEYS).where(still_valid).values(revoked_s=self._clock()))
-            row = connection.execute(select(API_KEYS).where(this)).one_or_none()
-        if row is None:
-            raise RequestError("key", key_id, "the id of a key", "`cosmos3 keys list` shows them.")
-        return _key_of(row)
+            return _key_of(connection.execute(select(API_KEYS).where(this)).one())
 
 
 def _hash(secret: str) -> str:

@@ -28,7 +28,7 @@ def add_keys_flags(parser: argparse.ArgumentParser) -> list[argparse.ArgumentPar
     add.add_argument("--max-running", type=int, metavar="N", help="running jobs; default jobs.max_running_per_key")
     table = actions.add_parser("list", help="list all keys, removed ones too; their texts are not stored")
     remove = actions.add_parser("remove", help="refuse a key from now on; its jobs stay")
-    remove.add_argument("key", metavar="ID", help="as `list` shows it: the part between the two _ of the key's text")
+    remove.add_argument("key", metavar="ID|NAME", help="as `list` shows them")
     for action in (add, table, remove):
         action.add_argument("--database", metavar="URL", help="of the jobs; the key jobs.database")
     return [add, table, remove]

@@ -15,6 +15,7 @@ from cosmos3_core.errors import RequestError
 from deployments.errors import JobsError
 from deployments.jobs import keys
 from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
+from deployments.jobs.schema import API_KEYS
 from deployments.jobs.store import JobStore
 from deployments.launch import cli
 from tests.clock import Clock
@@ -137,11 +138,33 @@ def test_an_invalid_key_is_not_created(store: JobStore, changes: dict[str, Any],
     assert store.keys.list() == ()
 
 
+def test_a_name_is_that_of_one_valid_key(store: JobStore) -> None:
+    first, text = store.keys.create(NewKey(name="a"))
+    with pytest.raises(RequestError, match="name must be a name that no valid key has .*Remove that one first"):
+        store.keys.create(NewKey(name="a"))
+    assert store.keys.revoke("a").key_id == first.key_id
+    assert store.keys.verify(text) is None
+    with pytest.raises(RequestError, match="or the name of a valid one"):
+        store.keys.revoke("a")
+    second, _ = store.keys.create(NewKey(name="a"))
+    assert store.keys.revoke("a").key_id == second.key_id
+
+
+def test_of_several_keys_of_one_name_the_id_is_asked_for(store: JobStore) -> None:
+    """Earlier releases allowed them."""
+    made = [store.keys.create(NewKey(name=name))[0].key_id for name in ("a", "b")]
+    with store._database.writing() as connection:
+        connection.execute(API_KEYS.update().values(name="a"))
+    with pytest.raises(RequestError, match=re.escape(" and ".join(sorted(made)) + " have that name")):
+        store.keys.revoke("a")
+    assert store.keys.revoke(made[1]).key_id == made[1]
+
+
 def test_the_number_of_keys_is_bounded(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "MAX_KEYS", 2)
-    made = [store.keys.create(NewKey(name="a"))[0] for _ in range(2)]
+    made = [store.keys.create(NewKey(name=name))[0] for name in ("a", "b")]
     with pytest.raises(JobsError, match="at most 2 keys may be valid.*revoke one first"):
-        store.keys.create(NewKey(name="a"))
+        store.keys.create(NewKey(name="c"))
     store.keys.revoke(made[0].key_id)
     store.keys.create(NewKey(name="a"))
 
