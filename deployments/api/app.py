@@ -27,6 +27,7 @@ from deployments.errors import ApiError
 _PORT = re.compile(r":[0-9]{1,5}$")
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
 _UNSAFE_METHODS = ("POST", "DELETE")
+_OWN_HEAD = "/content"  # the end of paths whose HEAD has a route of its own
 _ALLOWED_HEADERS = (
     *("authorization", "content-type", "idempotency-key", "last-event-id", "x-request-id"),
     *("range", "if-range", "if-none-match"),
@@ -70,10 +71,15 @@ async def _answer(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
+class _HeadAnswered(Exception):
+    """The headers of an answer to HEAD have been sent."""
+
+
 class Guard:
     """Middleware that checks host, origin and API key, and keeps browsers from guessing the type of an answer.
 
-    Pages of foreign origins may not even send unsafe requests whose answers they could not read.
+    Pages of foreign origins may not even send unsafe requests whose answers they could not read. HEAD gets the headers
+    of GET everywhere; a stream ends with them.
     """
 
     def __init__(self, app: ASGIApp, get_service: Callable[[], Service]) -> None:
@@ -90,9 +96,27 @@ class Guard:
                 MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
             await send(message)
 
+        if scope["method"] == "HEAD" and not scope["path"].endswith(_OWN_HEAD):
+
+            async def send_headers(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    await send_safely(message)
+                    return
+                await send_safely({"type": "http.response.body", "body": b""})
+                raise _HeadAnswered
+
+            try:
+                await self._guard({**scope, "method": "GET"}, receive, send_headers)
+            except* _HeadAnswered:
+                pass
+        else:
+            await self._guard(scope, receive, send_safely)
+
+    async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, unless its host, origin or key is refused."""
         service = self._get_service()
-        if refusal := _find_refusal(scope["method"], Headers(scope=scope), service):
-            await error_response(refusal)(scope, receive, send_safely)
+        if refusal := _find_refusal(scope["method"], Headers(scope=scope), service, is_open=_is_open(scope)):
+            await error_response(refusal)(scope, receive, send)
             return
         if self._with_cors is None:
             self._with_cors = self._check_key
@@ -104,23 +128,34 @@ class Guard:
                     allow_headers=_ALLOWED_HEADERS,
                     expose_headers=_EXPOSED_HEADERS,
                 )
-        await self._with_cors(scope, receive, send_safely)
+        await self._with_cors(scope, receive, send)
 
     async def _check_key(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request that has a valid key, or needs none."""
         auth = self._get_service().auth
-        is_open = scope["path"].removeprefix(scope.get("root_path", "")) in service_info.OPEN_PATHS
         try:
-            scope[CALLER] = Caller() if auth is None or is_open else await auth.find_caller(Headers(scope=scope))
+            scope[CALLER] = (
+                Caller() if auth is None or _is_open(scope) else await auth.find_caller(Headers(scope=scope))
+            )
         except Cosmos3Error as error:
             await answer_error(error, "the check of a key")(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
 
-def _find_refusal(method: str, headers: Headers, service: Service) -> ApiError | None:
+def _is_open(scope: Scope) -> bool:
+    return scope["path"].removeprefix(scope.get("root_path", "")) in service_info.OPEN_PATHS
+
+
+def _find_refusal(method: str, headers: Headers, service: Service, *, is_open: bool) -> ApiError | None:
     """Return why a request's host or origin is refused; None if both are allowed."""
-    if service.hosts is not None and _PORT.sub("", headers.get("host", "").lower()) not in service.hosts:
+    # Probes of HTTP/1.0 name no host; browsers always do.
+    is_probe = is_open and "host" not in headers
+    if (
+        service.hosts is not None
+        and not is_probe
+        and _PORT.sub("", headers.get("host", "").lower()) not in service.hosts
+    ):
         names = ", ".join(sorted(service.hosts))
         message = f"this app is called by {names} alone, as it asks for no keys; http.allowed_hosts allows more"
         return ApiError(403, "wrong_host", message)

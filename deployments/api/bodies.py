@@ -37,7 +37,7 @@ R = TypeVar("R", bound=RequestBody)
 class BodyRules:
     """Values that the service and the caller allow in bodies. A body that names no class gets the default one."""
 
-    model_name: str
+    model_names: tuple[str, ...]
     classes: tuple[str, ...]
     default_class: str = DEFAULT_CLASS
     has_guardrails: bool = False
@@ -45,8 +45,8 @@ class BodyRules:
 
     def options(self, fields: RequestBody, warnings: tuple[str, ...]) -> SubmitOptions:
         """Return the options of a body, or raise RequestError where the rules do not allow a value."""
-        if fields.model not in (None, self.model_name):
-            raise RequestError("model", fields.model, f"{self.model_name!r}, the one that is served")
+        if fields.model is not None:
+            checks.choice("model", fields.model, self.model_names)
         if fields.guardrails and not self.has_guardrails:
             hint = "Nothing is looked at here: the operator has not configured any."
             raise CapabilityError("guardrails", True, "false or left out", hint)

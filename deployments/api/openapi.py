@@ -188,7 +188,7 @@ def _body_schema(model: type[Body], service: Service, *, is_form: bool = False) 
     properties: dict[str, Schema] = schema["properties"]
     rules = service.rules
     guardrails = [value for value, may in ((True, rules.has_guardrails), (False, rules.may_disable_guardrails)) if may]
-    values = {"model": [rules.model_name], "service_class": [*rules.classes], "guardrails": guardrails}
+    values = {"model": [*rules.model_names], "service_class": [*rules.classes], "guardrails": guardrails}
     for name, about in properties.items():
         del about["title"]
         if name in values:

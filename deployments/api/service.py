@@ -69,7 +69,7 @@ class Service:
             model=model,
             http=config.http,
             rules=BodyRules(
-                model_name=model.id,
+                model_names=tuple(dict.fromkeys((model.id, *config.model_aliases, *checkpoint.model_names))),
                 classes=tuple(config.jobs.classes),
                 has_guardrails=has_guardrails,
                 may_disable_guardrails=config.guardrails.clients_may_disable or not has_guardrails,

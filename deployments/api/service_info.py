@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from deployments.api.call import CurrentCall, get_service, make_router
 from deployments.api.openapi import Responses, header_docs, make_document, responses
-from deployments.api_model import ApiModel, ModelList
+from deployments.api_model import ApiModel, Model, ModelList
+from deployments.errors import ApiError
 from deployments.threads import run_in_thread
 
 _RETRY_S = 5
@@ -51,6 +52,22 @@ router = make_router()
 async def list_models(call: CurrentCall) -> ModelList:
     """List the one model that is served, and what it can do."""
     return ModelList.of(call.service.model)
+
+
+@router.get("/v1/models/{name}", responses=responses({}, 404))
+async def show_model(name: str, call: CurrentCall) -> Model:
+    """Show the model that is served, by one of its names."""
+    names = call.service.rules.model_names
+    if name not in names:
+        message = f"no model {name!r} is served here; the names of the one that is: {', '.join(names)}"
+        raise ApiError(404, "model_not_found", message)
+    return call.service.model
+
+
+@router.get("/v1/models/{owner}/{name}", responses=responses({}, 404))
+async def show_owned_model(owner: str, name: str, call: CurrentCall) -> Model:
+    """Show the model that is served, by one of its names with an owner."""
+    return await show_model(f"{owner}/{name}", call)
 
 
 @router.get("/health", responses=responses({}, is_open=True), openapi_extra=_OPEN)

@@ -215,7 +215,7 @@ class Api:
             model=Model.of(layout, MODEL, is_sound_offered=True).model_copy(update={"created": 1_700_000_000}),
             http=HttpConfig(**(http or {})),
             rules=BodyRules(
-                MODEL,
+                tuple(dict.fromkeys((MODEL, *layout.model_names))),
                 tuple(CLASSES),
                 has_guardrails=has_guardrails,
                 may_disable_guardrails=may_disable_guardrails,

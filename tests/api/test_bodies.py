@@ -19,7 +19,7 @@ from deployments.api.body_reader import FormText
 from deployments.api.fields import BODIES, ImageBody, SyncBody
 from tests.mode_inputs import data_url
 
-RULES = BodyRules("nano", ("standard",))
+RULES = BodyRules(("nano", "nvidia/Cosmos3-Nano"), ("standard",))
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(64))
 MP4 = b"\0\0\0\x18ftypisom" + bytes(64)
@@ -177,7 +177,7 @@ def test_extra_params_are_read_like_top_level_fields(as_text: bool) -> None:
         ({"extra_params": '{"seed": 1, "seed": 1}'}, "extra_params", "a JSON object"),
         ({"extra_params": {"extra_params": {}}}, "extra_params", "without extra_params in it"),
         ({"generate_sound": True, "sound_gen": False}, "sound_gen", "equal to generate_sound"),
-        ({"model": "other"}, "model", "the one that is served"),
+        ({"model": "other"}, "model", "nvidia/Cosmos3-Nano"),
         ({"size": "32"}, "size", "WIDTHxHEIGHT"),
         ({"size": "64x32", "width": 32, "height": 32}, "size", "the same as width=32"),
         ({"seconds": -1}, "seconds", "a number from"),

@@ -175,7 +175,7 @@ def test_a_result_is_never_refused_but_blocks_new_bodies(store: MediaStore) -> N
 
 def images(n: int, **fields: Any) -> ParsedBody[ImageBody]:
     body = {"prompt": "a", "n": n, "seed": 3, **fields}
-    return parse_body(NamedFields.of(body, ImageBody), BodyRules("nano", ("standard",)))
+    return parse_body(NamedFields.of(body, ImageBody), BodyRules(("nano", "nvidia/Cosmos3-Nano"), ("standard",)))
 
 
 def test_images_are_json_with_base64(store: MediaStore) -> None:
