@@ -23,6 +23,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.modes import ActionRole, Mode
 from cosmos3_core.embodiments import Embodiment, find_embodiment
 from cosmos3_core.errors import CorruptFileError, MediaError, RequestError
+from cosmos3_core.media.file_kinds import ACTIONS_SUFFIX
 from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.presets import LIMITS, ActionPreset
 from cosmos3_core.request import DIFFUSERS_BEHAVIOUR, FIELDS, VIEW_POINTS, GenerationRequest
@@ -30,7 +31,6 @@ from cosmos3_core.request import DIFFUSERS_BEHAVIOUR, FIELDS, VIEW_POINTS, Gener
 ActionArray = npt.NDArray[np.float32]
 """float32 [steps, width]: one action a row."""
 
-ACTIONS_SUFFIX = ".actions.json"
 """Suffix of the files that :func:`write_actions` writes."""
 
 _FOLDER = Path("assets") / "action_stats"

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from cosmos3_core import checks
-from cosmos3_core.actions import ACTIONS_SUFFIX, GeneratedActions, write_actions
+from cosmos3_core.actions import GeneratedActions, write_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.media.file_kinds import ACTIONS_SUFFIX
 from cosmos3_core.media.output import MediaWriter, OutputFile, path_with_suffix
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, DiscardWriter, open_writer

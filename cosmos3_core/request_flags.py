@@ -34,13 +34,19 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(GenerationRequest):
         if field.name not in _WITHOUT_FLAG:
             spec, flag = FIELDS[field.name], _FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
-            add(flag, dest=field.name, default=field.default, help=_describe(spec), **_argparse_options(spec))
+            names = dict.fromkeys((flag, f"--{field.name.replace('_', '-')}"))
+            add(*names, dest=field.name, default=field.default, help=_describe(spec), **_argparse_options(spec))
     add(
         "--use-karras-sigmas",
         choices=tuple(_SCHEDULES),
         help="noise schedule: false = native (default), true = karras, auto = what the checkpoint ships",
     )
-    add("--out", default="cosmos3", metavar="PREFIX", help="writes PREFIX.mp4, PREFIX.png ..., PREFIX.actions.json")
+    add(
+        "--out",
+        default="cosmos3",
+        metavar="FILE",
+        help="writes FILE.mp4, FILE.png ..., FILE.actions.json; an ending may be given",
+    )
 
 
 def _describe(spec: FieldSpec) -> str:
@@ -78,7 +84,8 @@ def _argparse_options(spec: FieldSpec) -> dict[str, Any]:
 def add_engine_flags(parser: argparse.ArgumentParser, *, is_checkpoint_required: bool = True) -> None:
     """Add the flags of an engine in this process: checkpoint, device, dtype, ranks."""
     add = parser.add_argument
-    add("--checkpoint", required=is_checkpoint_required, help="checkpoint directory in the published layout")
+    help_text = "a directory, or what `cosmos3 download` was given"
+    add("--checkpoint", "--model", required=is_checkpoint_required, metavar="MODEL", help=help_text)
     add("--dtype", help="dtype of the weights: float32, bfloat16 or float16; default as stored")
     add("--device", help="torch device; default the first GPU, else the CPU")
     add("--tp", type=int, default=1, help="ranks that share heads and FFN columns; start with torchrun")

@@ -399,6 +399,7 @@ class AppConfig(Strict):
     checkpoint: Path = Field(description="directory in the published layout, at the same path on every node")
     name: str = Field("cosmos3", pattern="^[A-Za-z0-9_.-]+$", description="of the Serve application")
     model_name: str | None = Field(None, description="the model's name for clients; null: the checkpoint's")
+    model_aliases: tuple[str, ...] = Field((), description="more names that requests may give for it")
     http: HttpConfig = HttpConfig()
     media: MediaConfig = MediaConfig()
     jobs: JobsConfig = JobsConfig()

@@ -20,6 +20,8 @@ SUFFIXES = {
 }
 """Media type -> suffix."""
 
+ACTIONS_SUFFIX = ".actions.json"
+
 FILE_KINDS = tuple(MEDIA_TYPES)
 
 IMAGE_KINDS = ("png", "jpeg", "webp")

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self, TypeAlias
 
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.media.file_kinds import ACTIONS_SUFFIX, SUFFIXES
 
 if TYPE_CHECKING:
     from cosmos3_core.media.pixels import Frames
@@ -27,12 +28,12 @@ _MAX_NAME_BYTES = 200
 
 
 def path_with_suffix(out: str | Path | None, suffix: str) -> Path:
-    """Add a suffix to ``out``, a path without one.
+    """Add a suffix to ``out``, in place of the ending that it may have: ``clip.mp4`` stays, or becomes ``clip.png``.
 
     Raises:
         RequestError: ``out`` cannot be the path of a file.
     """
-    allowed = "a path without ending, such as 'clip' for clip.mp4"
+    allowed = "a file's path, with or without its ending, such as clip or clip.mp4"
     if not isinstance(out, str | Path) or "\0" in str(out):
         raise RequestError("out", out, allowed)
     name = Path(out).name
@@ -40,7 +41,8 @@ def path_with_suffix(out: str | Path | None, suffix: str) -> Path:
         raise RequestError("out", str(out), allowed)
     if len(name.encode()) > _MAX_NAME_BYTES:
         raise RequestError("out", str(out), f"a file name of at most {_MAX_NAME_BYTES} bytes")
-    return Path(out).with_name(name + suffix)
+    ending = next((it for it in (*SUFFIXES.values(), ACTIONS_SUFFIX) if name.lower().endswith(it) and name != it), "")
+    return Path(out).with_name(name[: len(name) - len(ending)] + suffix)
 
 
 def describe_failure(what: str, error: Exception) -> MediaError | MemoryError:

@@ -14,15 +14,16 @@ import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
 
 from cosmos3_core.actions import GeneratedActions, write_actions
 from cosmos3_core.conditioning.modes import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, WITH_SOUND
-from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.media.file_kinds import SUFFIXES
-from cosmos3_core.media.output import OutputFile
+from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
 from deployments.api_model import JSON
@@ -87,7 +88,7 @@ def save_video(
 
     Args:
         request: its image or clip is read here.
-        out: path without suffix; the answer decides on ``.mp4``, ``.png`` ..., ``.actions.json``.
+        out: path; the answer decides on its ending, ``.mp4``, ``.png`` ..., ``.actions.json``.
         timeout_s: for generating, fetching and saving.
 
     Raises:
@@ -95,19 +96,24 @@ def save_video(
         UnreachableError, MediaError: the answer was cut off, or could not be written.
         Cosmos3Error: the app refused or failed, see :mod:`deployments.clients.errors`.
     """
-    if not out.name:
-        raise RequestError("out", str(out), "a path that ends in a name, without its ending")
-    OutputFile(out.with_name(out.name + ".mp4"))  # refuses a place that cannot be written before the work
+    OutputFile(path_with_suffix(out, ".mp4"))  # refuses a place that cannot be written before the work
     body = json.dumps(make_body(request)).encode()
 
     async def generate() -> SavedMedia:
         connection, deadline = HttpConnection(url, api_key), Deadline(timeout_s)
         sending = connection.send("POST", "/v1/videos/sync", deadline=deadline, body=body)
         async with aclosing(connection), sending as answer:
+            if answer.status == HTTPStatus.UNAUTHORIZED:
+                raise _ask_for_key(api_key)
             await answer.check()
             return await _save_answer(answer, out)
 
     return asyncio.run(generate())
+
+
+def _ask_for_key(api_key: str | None) -> AuthError:
+    given = "none was given" if api_key is None else "it does not know this one"
+    return AuthError(401, f"the app asks for an API key, and {given}: see --api-key-file and $COSMOS3_API_KEY")
 
 
 async def _save_answer(answer: Answer, out: Path) -> SavedMedia:
@@ -122,7 +128,7 @@ async def _save_answer(answer: Answer, out: Path) -> SavedMedia:
             media_type = None if video is None else video["media_type"]
             parts = _yield_once(b"" if video is None else base64.b64decode(video["b64_json"]))
         saved = SavedMedia(
-            path=None if media_type is None else out.with_name(out.name + SUFFIXES[media_type]),
+            path=None if media_type is None else path_with_suffix(out, SUFFIXES[media_type]),
             actions_path=None,
             num_bytes=0,
             video_id=headers["x-video-id"],
@@ -173,9 +179,8 @@ def check_app(url: str, *, timeout_s: float, report: Callable[[str], None] = pri
 def _make_probe(url: str, api_key: str | None) -> GenerationRequest:
     """Return a request that needs every stage of the app."""
     status, text = get(url, "/v1/models", timeout_s=_READY_S, api_key=api_key)
-    if status == 401:
-        given = "none was given" if api_key is None else "it does not know this one"
-        raise AuthError(status, f"the app asks for an API key, and {given}: see --api-key-file and $COSMOS3_API_KEY")
+    if status == HTTPStatus.UNAUTHORIZED:
+        raise _ask_for_key(api_key)
     try:
         modes = json.loads(text)["data"][0]["modes"]
     except (ValueError, TypeError, KeyError, IndexError):

@@ -1,4 +1,4 @@
-"""The command line: ``cosmos3 generate | serve | keys | check | demo | tiny-checkpoint | bench``.
+"""The command line: ``cosmos3 generate | serve | keys | check | demo | download | tiny-checkpoint | bench``.
 
 Each subcommand imports what it needs when it runs. No other module of this package reads the environment.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
 import subprocess
@@ -14,10 +15,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.checkpoint.hub import DOWNLOAD_HINT
+from cosmos3_core.errors import CheckpointError, Cosmos3Error, RequestError
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
 from deployments.launch.keys import add_keys_flags
 
@@ -58,7 +61,7 @@ _LOCAL_RAY_ENVIRONMENT = {
 _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Flags of `serve` that are keys of the configuration: flag -> key, placeholder, help.
 _KEY_FLAGS: dict[str, tuple[str, str | None, str]] = {
-    "--checkpoint": ("checkpoint", None, "directory"),
+    "--checkpoint": ("checkpoint", "MODEL", "the same as MODEL"),
     "--tp": ("transformer.tp", "N", "ranks of a gang that share heads and FFN columns"),
     "--cfg": ("transformer.cfg", "N", "2 = the guidance branches side by side"),
     "--sp": ("transformer.sp", "N", "ranks of a gang that share the generated tokens"),
@@ -66,21 +69,30 @@ _KEY_FLAGS: dict[str, tuple[str, str | None, str]] = {
     "--host": ("http.host", None, "to listen on"),
     "--port": ("http.port", None, "to listen on, 0 = a free one"),
 }
+# Flags by the names that other servers give them.
+_ALIASES = {"--checkpoint": ("--model",), "--tp": ("--tensor-parallel-size",)}
 # Flags of `generate` that only a generation in this process takes, and their defaults.
 _LOCAL_FLAGS = {"checkpoint": None, "dtype": None, "device": None, "tp": 1, "cfg": 1, "sp": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 1 a check failed, 2 an error, 130 interrupted."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_use_dashes(it) for it in (sys.argv[1:] if arguments is None else arguments)]
     try:
+        if not arguments:
+            _make_parser().print_help()
+            return 0
         if arguments and arguments[0] in _PASSED_ON:
             run, _ = _PASSED_ON[arguments[0]]
             return run(arguments[1:])
         options, unknown = _make_parser().parse_known_args(arguments)
         if unknown:  # argparse itself would show the usage of `cosmos3`
-            options.parser.error(f"unknown arguments: {' '.join(unknown)}")
+            options.parser.error(f"unknown arguments: {' '.join(unknown)}{_suggest(unknown[0], options.parser)}")
         return int(options.run(options))
+    except CheckpointError as error:
+        text = " ".join(str(error).split())
+        print(f"error: {text.removesuffix(DOWNLOAD_HINT).strip()} {DOWNLOAD_HINT}", file=sys.stderr)
+        return 2
     except Cosmos3Error as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -89,8 +101,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _use_dashes(argument: str) -> str:
+    """Return ``--num-frames=9`` for ``--num_frames=9``; other arguments as they are."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
+
+
+def _suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
+    flag = unknown.partition("=")[0]
+    nearest = difflib.get_close_matches(flag, parser._option_string_actions, n=1) if flag.startswith("--") else []
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cosmos3", description="Video from prompts with NVIDIA's Cosmos3 models.")
+    parser.add_argument("--version", action="version", version=f"cosmos3-serve {metadata.version('cosmos3-serve')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -120,6 +145,12 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _download(arguments: list[str]) -> int:
+    from cosmos3_core.checkpoint.hub import main as download
+
+    return download(arguments)
+
+
 def _build_tiny_checkpoint(arguments: list[str]) -> int:
     from cosmos3_core.checkpoint.tiny import main as build
 
@@ -135,6 +166,7 @@ def _run_bench(arguments: list[str]) -> int:
 
 # Commands that parse their own flags, and their help.
 _PASSED_ON: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "download": (_download, "fetch a checkpoint from the Hugging Face hub"),
     "tiny-checkpoint": (_build_tiny_checkpoint, "write a small random checkpoint"),
     "bench": (_run_bench, "measure every stage; `bench vae` the video VAE, `bench encode` the mp4 writer"),
 }
@@ -267,9 +299,17 @@ def _keys(options: argparse.Namespace) -> int:
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a directory, or what `cosmos3 download` was given; the key checkpoint",
+    )
     _add_config_flags(parser)
     for flag, (key, placeholder, text) in _KEY_FLAGS.items():
-        add(flag, metavar=placeholder, help=f"{text}; the key {key}")
+        add(flag, *_ALIASES.get(flag, ()), metavar=placeholder, help=f"{text}; the key {key}")
+    help_text = "names of the model for clients, the first its own; the keys model_name and model_aliases"
+    add("--served-model-name", nargs="+", metavar="NAME", help=help_text)
     add("--ray-address", help="of a Ray cluster to join; default $RAY_ADDRESS, else Ray is started here")
     add("--num-cpus", type=int, help="of the Ray that is started here; default as many as there are")
     add("--start-timeout", type=_parse_seconds, default=1800, metavar="SECONDS", help="default %(default)s")
@@ -278,6 +318,14 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     keys = {key: getattr(options, flag.removeprefix("--")) for flag, (key, *_) in _KEY_FLAGS.items()}
+    if options.model is not None:
+        if options.checkpoint is not None:
+            raise RequestError(
+                "checkpoint", options.checkpoint, f"left out beside {options.model}", "Give one of them."
+            )
+        keys["checkpoint"] = options.model
+    if options.served_model_name:
+        keys["model_name"], *keys["model_aliases"] = options.served_model_name
     config = _read_config(options, keys)
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     _prepare_ray(is_alone=address == "local", allows_open=options.allow_open_ray)

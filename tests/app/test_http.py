@@ -162,7 +162,7 @@ def test_too_many_tokens_are_a_422(app: Any) -> None:
         ({**GOOD, "num_frame": 5}, "num_frame", "Did you mean num_frames?"),
         ({**GOOD, "zzz": 5}, "zzz", "Fields are prompt"),
         ({}, "prompt", "at least one visible character"),
-        ({**GOOD, "model": "other"}, "model", "the one that is served"),
+        ({**GOOD, "model": "other"}, "model", "one of ['nano', 'nvidia/nano', 'nvidia/Cosmos3-Nano', 'Cosmos3-Nano']"),
         ({**GOOD, "size": "32"}, "size", "WIDTHxHEIGHT"),
         ({**GOOD, "size": "64x32"}, "size", "the same as width=32"),
         ({"prompt": "a", "width": 64}, "height", "together"),

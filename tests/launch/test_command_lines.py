@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,7 +61,10 @@ def only_line(text: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["serve", "--checkpoint", "nowhere"], "error: nowhere: no such directory. A local path to"),
+        (
+            ["serve", "--checkpoint", "nowhere"],
+            "error: nowhere: no such directory, nor such a repository in the hub's local cache. `cosmos3",
+        ),
         (
             ["serve", "--config", "no-such-file.yaml"],
             "error: no-such-file.yaml: no such file, nor one of the packaged",
@@ -100,7 +104,7 @@ def only_line(text: str) -> str:
         (["serve", "--checkpoint", "x", "--set", "name.x=1"], "name.x: no such key; name is a single value"),
         (["generate", *REQUEST, "--url", "http://a b"], "such as http://127.0.0.1:8000 (got 'http://a b')"),
         (["generate", *REQUEST, "--url", f"http://{'a' * 64}.b"], "error: http://aaaa"),
-        (["generate", *REQUEST, "--url", "http://127.0.0.1:9", "--out", "."], "without its ending (got '.')"),
+        (["generate", *REQUEST, "--url", "http://127.0.0.1:9", "--out", "."], "such as clip or clip.mp4 (got '.')"),
         (
             ["demo", "--out", "no/such/folder/demo"],
             "must be a path in an existing directory (got 'no/such/folder/demo.mp4')",
@@ -116,6 +120,41 @@ def test_wrong_arguments_are_one_line(arguments: list[str], said: str, run: Run)
     done = run(*arguments)
     assert done.returncode == 2
     assert said in only_line(done.stderr)
+
+
+def test_the_checkpoint_is_given_once(run: Run) -> None:
+    said = only_line(run("serve", "nowhere", "--model", "elsewhere").stderr)
+    assert said == "error: checkpoint must be left out beside nowhere (got 'elsewhere'). Give one of them."
+
+
+@pytest.mark.parametrize("command", [["serve"], ["serve", "--model"], ["generate", *REQUEST, "--model"]])
+def test_a_model_may_have_the_name_that_people_type(command: list[str], run: Run) -> None:
+    assert only_line(run(*command, "nowhere").stderr).startswith("error: nowhere: no such directory")
+
+
+def test_underscores_are_dashes_and_a_wrong_flag_names_the_nearest_one(run: Run) -> None:
+    flags = ["--prompt", "a_b", "--num_frames=9", "--num-inference-steps", "3"]
+    assert only_line(run("generate", *flags, "--model", "nowhere").stderr).startswith("error: nowhere: ")
+    said = run("serve", "x", "--tensr_parallel_size", "2").stderr
+    assert "unknown arguments: --tensr-parallel-size 2; did you mean --tensor-parallel-size?" in said
+
+
+def test_without_a_command_there_is_help(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "download" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert (left.value.code, capsys.readouterr().out) == (0, "cosmos3-serve 0.1.0\n")
+
+
+def test_a_broken_shard_is_refused_before_ray_starts(tiny_nano: Path, tmp_path: Path, run: Run) -> None:
+    root = tmp_path / "broken"
+    shutil.copytree(tiny_nano, root)
+    weights = next((root / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    said = only_line(run("serve", str(root)).stderr)
+    assert f"{weights.name}: truncated" in said
+    assert said.endswith("`cosmos3 tiny-checkpoint DIR` makes a small random one.")
 
 
 def test_a_wrong_key_in_a_file_names_the_nearest_one(run: Run, tmp_path: Path) -> None:
