@@ -62,7 +62,7 @@ def _transformer(subject: Subject) -> Cosmos3Transformer:
         module = Cosmos3Transformer(subject.transformer, select_ops(subject.device, subject.dtype))
     for plan in transformer_plans(subject.transformer):
         parts = [subject.tensors("transformer", name) for name in plan.sources]
-        replace_parameter(module, plan.target, torch.cat(parts).to(plan.dtype or subject.dtype))
+        replace_parameter(module, plan.target, torch.cat(parts).to(torch.float32 if plan.is_fp32 else subject.dtype))
     return module
 
 

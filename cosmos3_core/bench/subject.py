@@ -16,6 +16,7 @@ from cosmos3_core.bench.random_models import RANDOM_MODELS
 from cosmos3_core.checkpoint.configs import SchedulerConfig, TransformerConfig, VideoVAEConfig, geometry
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.random_weights import random_tensors
+from cosmos3_core.checkpoint.reader import TORCH_DTYPES
 from cosmos3_core.checkpoint.tensors import transformer_tensors, video_vae_tensors
 from cosmos3_core.checkpoint.weight_files import WeightFiles
 from cosmos3_core.device import DTYPES
@@ -136,7 +137,7 @@ def checkpoint_subject(directory: Path, device: torch.device, dtype: torch.dtype
     """
     layout = CheckpointLayout.open(directory)
     files = {name: WeightFiles.open(layout.component_dir(name)) for name in ("transformer", "vae")}
-    kept = dtype if dtype is not None else files["transformer"].dtype
+    kept = dtype if dtype is not None else TORCH_DTYPES[files["transformer"].dtype]
 
     def tensors(component: str, name: str) -> Tensor:
         entry = files[component].tensors[name]

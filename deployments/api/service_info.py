@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from fastapi import Path
 from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.requests import Request
@@ -16,6 +17,7 @@ from deployments.errors import ApiError
 from deployments.threads import run_in_thread
 
 _RETRY_S = 5
+_Name = Annotated[str, Path(pattern=r"^[\w.-]+$", max_length=200)]
 
 
 class Health(ApiModel):
@@ -55,7 +57,7 @@ async def list_models(call: CurrentCall) -> ModelList:
 
 
 @router.get("/v1/models/{name}", responses=responses({}, 404))
-async def show_model(name: str, call: CurrentCall) -> Model:
+async def show_model(name: _Name, call: CurrentCall) -> Model:
     """Show the model that is served, by one of its names."""
     names = call.service.rules.model_names
     if name not in names:
@@ -65,7 +67,7 @@ async def show_model(name: str, call: CurrentCall) -> Model:
 
 
 @router.get("/v1/models/{owner}/{name}", responses=responses({}, 404))
-async def show_owned_model(owner: str, name: str, call: CurrentCall) -> Model:
+async def show_owned_model(owner: _Name, name: _Name, call: CurrentCall) -> Model:
     """Show the model that is served, by one of its names with an owner."""
     return await show_model(f"{owner}/{name}", call)
 

@@ -39,8 +39,9 @@ CALLS = [
 ]
 
 
-def key_of(api: Api, name: str = "a", **more: Any) -> dict[str, str]:
-    _, text = api.store.keys.create(NewKey(name=name, **more))
+def key_of(api: Api, name: str = "", **more: Any) -> dict[str, str]:
+    """Make a key with a name of its own; return the header that sends it."""
+    _, text = api.store.keys.create(NewKey(name=name or f"key {len(api.store.keys.list())}", **more))
     return {"authorization": f"Bearer {text}"}
 
 

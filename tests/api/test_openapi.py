@@ -107,7 +107,7 @@ def test_the_document_follows_the_configuration(make_api: Callable[..., Api]) ->
 
     strict, lax = make_api(), make_api(may_disable_guardrails=True, needs_keys=True)
     assert fields(strict)["service_class"]["anyOf"][0]["enum"] == list(CLASSES)
-    assert fields(strict)["model"]["anyOf"][0]["enum"] == ["nano"]
+    assert fields(strict)["model"]["anyOf"][0]["enum"] == ["nano", "nvidia/nano", "nvidia/Cosmos3-Nano", "Cosmos3-Nano"]
     assert fields(strict)["guardrails"]["anyOf"][0]["enum"] == [True]
     assert fields(lax)["guardrails"]["anyOf"][0]["enum"] == [True, False]
     without = make_api(has_guardrails=False, may_disable_guardrails=True)

@@ -40,6 +40,7 @@ OPERATIONS = (
     *(f"POST {_ONE}/{verb}" for verb in ("cancel", "remix")),
     *(f"{method} {_ONE}/content" for method in ("GET", "HEAD")),
     f"GET {EVENTS}",
+    *(f"GET /v1/models/{name}" for name in ("{name}", "{owner}/{name}")),
     *(f"GET {path}" for path in ("/v1/models", "/health", "/ready", "/metrics", "/openapi.json")),
 )
 # `make test` sends one content type per operation, in turns.

@@ -42,6 +42,7 @@ KEYS = {
         "checkpoint",
         "name",
         "model_name",
+        "model_aliases",
         "http",
         "media",
         "jobs",
