@@ -36,6 +36,8 @@ _CONNECT_S = 5.0
 # Seconds that Ray's start may take to end after a signal: it waits a minute for daemons that the signal has killed,
 # half of it with Python's lock held, which cannot be interrupted.
 _START_ABORT_S = 10.0
+# Ray gives its daemons half a minute, which they may miss on a busy machine; the second time their files are in memory.
+_START_TRIES = 2
 _MAX_REASON_CHARS = 600
 # KubeRay and Ray's cluster launcher set it on all nodes; `ray start` sets it on none.
 _NODE_GROUP_LABEL = "ray.io/node-group"
@@ -129,10 +131,15 @@ def _init(placement: Placement) -> None:
         hint = "Where it wants a token, set RAY_AUTH_MODE=token."
         if (endpoint := _parse_endpoint(address)) and not _is_listening(endpoint):
             raise StartError(f"{failure}: nothing listens there")  # Ray itself would retry for minutes
-    try:
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception when its daemons start too late
-        raise StartError(f"{failure}: {describe_failure(error).rstrip('.')}. {hint}") from None
+    for tries_left in reversed(range(_START_TRIES)):
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
+            break
+        except Exception as error:  # noqa: BLE001 - what its daemons' late start raises is the base class itself
+            if type(error) is not Exception or not placement.is_alone or not tries_left:
+                raise StartError(f"{failure}: {describe_failure(error).rstrip('.')}. {hint}") from None
+            if mark := os.environ.get(_MARK):
+                _kill(mark)  # the daemons that were late
     # Its router warns on the terminal of replicas that answer late; what matters of that is in the app's status.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 

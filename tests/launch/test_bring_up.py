@@ -20,6 +20,7 @@ from deployments.api.auth import NoKeys
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.jobs.database import database_url
 from deployments.jobs.keys import KeyStore, NewKey
+from deployments.launch import ray_session as ray_session_module
 from deployments.launch.bring_up import RunningApp, StopTimeout, _check_access
 from deployments.launch.capacity import Node, describe_missing, describe_shortfall, sum_needs
 from deployments.launch.ray_session import (
@@ -367,8 +368,10 @@ def test_unfinished_jobs_are_released(
 
 def test_a_failed_start_of_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray raises a bare Exception if its daemon takes longer than half a minute."""
+    starts: list[object] = []
 
-    def late(**_: object) -> None:
+    def late(**options: object) -> None:
+        starts.append(options)
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", late)
@@ -376,3 +379,23 @@ def test_a_failed_start_of_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     expected = "Ray did not start: The current node timed out during startup. Is the machine .* logs are below "
     with pytest.raises(StartError, match=expected), ray_session(Placement()):
         pass
+    assert len(starts) == 2
+    with pytest.raises(StartError, match="cannot join"), ray_session(Placement("auto")):
+        pass
+    assert len(starts) == 3, "another's Ray is not started"
+
+
+def test_a_late_start_of_ray_is_tried_again_without_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**_: object) -> None:
+        started.append(subprocess.Popen(["sleep", "1000"]))
+        if len(started) == 1:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", start)
+    with kill_leftovers(os.environ):
+        ray_session_module._init(Placement())
+        assert started[0].wait(20) == -signal.SIGKILL
+        assert started[1].poll() is None
+    assert started[1].wait(20) == -signal.SIGKILL
