@@ -97,7 +97,7 @@ class PromptFormat:
 
     def write_prompt(self, prompt: str) -> str:
         """Return the text that the model reads for a prompt."""
-        fields = None if self.compat == DIFFUSERS_BEHAVIOUR else _json_object(prompt)
+        fields = None if self.compat == DIFFUSERS_BEHAVIOUR else read_json_prompt(prompt)
         if self.view_point is not None:
             # A JSON object already is the caption.
             return prompt if fields is not None else self._action_caption(prompt, self.view_point)
@@ -231,7 +231,8 @@ def closing_ids(tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path) -> list
     return [tokenizer.eos_token_id, start]
 
 
-def _json_object(prompt: str) -> dict[str, Any] | None:
+def read_json_prompt(prompt: str) -> dict[str, Any] | None:
+    """Return the object of a prompt that is JSON, as the models' own captions are; None for a plain text."""
     if not prompt.lstrip().startswith("{"):
         return None
     try:

@@ -31,7 +31,7 @@ from cosmos3_core.media.image import check_image
 from cosmos3_core.media.source import ClipInfo, Packed, probe_clip
 from cosmos3_core.media.writer import ClipFormat, SoundFormat
 from cosmos3_core.presets import LIMITS, PRESETS, ActionPreset, Preset
-from cosmos3_core.prompts import PromptFormat
+from cosmos3_core.prompts import PromptFormat, read_json_prompt
 from cosmos3_core.request import (
     DIFFUSERS_BEHAVIOUR,
     FIELDS,
@@ -101,7 +101,11 @@ def resolve(
     _refuse_foreign_fields(mode, request)
     sampling = _choose_sampling(request, preset, layout)
     given = probe_picture(request, probe)
-    notes: list[str] = []
+    notes = [
+        f"{name} begins like JSON and is none: it is read as a plain text"
+        for name in ("prompt", "negative_prompt")
+        if (text := getattr(request, name)) and text.lstrip().startswith("{") and read_json_prompt(text) is None
+    ]
     action = None
     if preset.action is not None and mode.has_actions:
         action = resolve_actions(mode, request, preset.action, layout, notes)

@@ -541,3 +541,14 @@ def test_packing_takes_what_travels_and_leaves_the_rest(tmp_path: Path) -> None:
         GenerationRequest(prompt="a car", image=tmp_path / "missing").packed()
     with pytest.raises(RequestError, match="video must be .*int"):
         GenerationRequest(prompt="a car", video=5).packed()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_noted"), [('{"a": 1}', False), ("{a}", True), (' {"a": 1', True), ("a {b}", False)]
+)
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_text_that_begins_like_json_and_is_none_is_noted(
+    name: str, text: str, is_noted: bool, nano: CheckpointLayout
+) -> None:
+    notes = resolve_fields(nano, **{"prompt": "a", name: text}).notes
+    assert notes == ((f"{name} begins like JSON and is none: it is read as a plain text",) if is_noted else ())

@@ -119,6 +119,8 @@ def type_of_spec(spec: FieldSpec) -> FieldType:
     """Return the type of a field by its specification."""
 
     def check(field: str, value: Any) -> Any:
+        if spec.kind is ValueKind.INTEGER and isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON has one kind of number: some clients write 13.0
         spec.check(field, value)
         return value
 

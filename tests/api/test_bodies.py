@@ -194,6 +194,13 @@ def test_a_wrong_field_is_named(body: dict[str, Any], field: str, said: str) -> 
     assert said in str(error)
 
 
+def test_whole_numbers_of_json_may_have_a_point() -> None:
+    given = parse(json.loads('{"num_frames": 13.0, "seed": 7.0, "resolution_tier": 480.0}'))
+    assert given == GenerationRequest(num_frames=13, seed=7, resolution_tier=480)
+    assert type(given.num_frames) is int
+    assert "a whole number from" in str(parse_error({"num_frames": 13.5}))
+
+
 def test_size_and_seconds_are_converted() -> None:
     assert parse({"size": "64x32"}) == GenerationRequest(width=64, height=32)
     assert parse({"seconds": 1.5, "fps": 8}) == GenerationRequest(num_frames=12, fps=8)
