@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import Path
+from fastapi import Path, Query
 from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.requests import Request
@@ -14,9 +14,11 @@ from deployments.api.call import CurrentCall, get_service, make_router
 from deployments.api.openapi import Responses, header_docs, make_document, responses
 from deployments.api_model import ApiModel, Model, ModelList
 from deployments.errors import ApiError
+from deployments.observability.cluster_metrics import select_families
 from deployments.threads import run_in_thread
 
 _RETRY_S = 5
+_Match = Annotated[str, Query(max_length=100, description="only metrics whose names contain it, such as cosmos3")]
 _Name = Annotated[str, Path(pattern=r"^[\w.-]+$", max_length=200)]
 
 
@@ -91,11 +93,11 @@ async def ready(request: Request) -> Response:
     return JSONResponse(body.model_dump(exclude_unset=True), status_code=503, headers={"retry-after": str(_RETRY_S)})
 
 
-@router.get("/metrics", responses=responses(_NUMBERS, 401, 403, 429, 503, is_open=True), response_class=Response)
-async def metrics(request: Request) -> Response:
+@router.get("/metrics", responses=responses(_NUMBERS, 401, 403, 422, 429, 503, is_open=True), response_class=Response)
+async def metrics(request: Request, match: _Match = "") -> Response:
     """Return numbers for Prometheus."""
     text, media_type = await get_service(request).metrics_text()
-    return Response(text, media_type=media_type)
+    return Response(select_families(text, match), media_type=media_type)
 
 
 @router.get("/openapi.json", responses=responses({}, is_open=True), openapi_extra=_OPEN)

@@ -17,12 +17,13 @@ import ray
 from deployments.threads import start_task
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-PREFIXES = ("ray_cosmos3_", "ray_serve_")
+PREFIXES = ("ray_cosmos3_", "ray_serve_", "ray_node_gpus_", "ray_node_gram_")
+"""Of the kept metrics: ours, Serve's, and Ray's of the GPUs and their memory."""
 FAILURES = "ray_cosmos3_scrape_failures"
 
 _LIMIT_S = 5.0  # to learn the nodes, and then to scrape them all
 _CONNECT_S = 2.0  # shorter, so that nodes that are away do not hold the places of others
-_MAX_NODE_BYTES = 16 * 2**20  # of ours and Serve's metrics; Ray's own take many times that after some hours
+_MAX_NODE_BYTES = 16 * 2**20  # of the kept metrics; Ray's others take many times that after some hours
 _MAX_TEXT_BYTES = 32 * 2**20
 _MAX_AT_ONCE = 128
 _FRESH_S = 1.0
@@ -58,7 +59,7 @@ def _make_url(address: str, port: int) -> str | None:
 
 
 async def fetch_text(url: str) -> bytes:
-    """Fetch the lines of a node's text about ours and Serve's metrics.
+    """Fetch the lines of a node's text about the kept metrics.
 
     Raise httpx2.HTTPError without an answer, ValueError for one that is too long, or without any number: every node has
     some of its own, and so an agent without has just been started.
@@ -142,7 +143,7 @@ class ClusterMetrics:
 
 
 def parse_families(text: bytes) -> list[Family]:
-    """Return the families of a node's text that are ours or Serve's."""
+    """Return the families of a node's text that are kept."""
     families: dict[str, Family] = {}
     current = Family("")
     for line in text.decode(errors="replace").split("\n"):
@@ -155,6 +156,16 @@ def parse_families(text: bytes) -> list[Family]:
             # Samples follow the lines about their family; their names begin with its name.
             current.samples[line.rpartition(" ")[0]] = line
     return [family for name, family in families.items() if name.startswith(PREFIXES)]
+
+
+def select_families(text: str, part: str) -> str:
+    """Return the lines of the families whose names contain ``part``."""
+    return "".join(line for line in text.splitlines(keepends=True) if part in _name_of(line))
+
+
+def _name_of(line: str) -> str:
+    """Return a line's metric; of a sample with its ending, such as ``_bucket``."""
+    return line.split(" ", 3)[2] if line.startswith("# ") else line.partition(" ")[0].partition("{")[0]
 
 
 def merge_nodes(nodes: Iterable[list[Family]], num_failures: int) -> str:

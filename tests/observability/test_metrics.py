@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gang_meter import BusyClock
 from deployments.observability import cluster_metrics
-from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetch_text
+from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetch_text, select_families
 from deployments.observability.metrics import (
     FAULTS,
     FILE_BYTES,
@@ -230,6 +230,20 @@ def test_nodes_are_merged_by_family_and_filtered() -> None:
     assert len(read["ray_serve_latency_ms"].samples) == 8
     assert text.count("# HELP ") == text.count("# TYPE ") == 3
     assert text.endswith("\n")
+
+
+def test_families_are_selected_by_a_part_of_their_names() -> None:
+    text = Nodes(a=node_text("a", 1.0)).text()
+    assert select_families(text, "") == text
+    assert set(families(select_families(text, "latency"))) == {"ray_serve_latency_ms"}
+    assert set(families(select_families(text, "cosmos3"))) == {"ray_cosmos3_requests", FAILURES}
+    assert select_families(text, "a b") == "", "labels do not count"
+
+
+def test_the_gpus_are_among_the_kept_metrics() -> None:
+    lines = '# HELP ray_node_gram_used x\n# TYPE ray_node_gram_used gauge\nray_node_gram_used{GpuIndex="0"} 1.0\n'
+    text = Nodes(a=lines.encode() + node_text("a", 1.0)).text()
+    assert families(text)["ray_node_gram_used"].samples[0].value == 1.0
 
 
 def failures(text: str) -> float:
