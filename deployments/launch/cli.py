@@ -1,4 +1,4 @@
-"""The command line: ``cosmos3 generate | serve | keys | check | demo | download | tiny-checkpoint | bench``.
+"""The command line: ``cosmos3 generate | serve | jobs | keys | check | demo | download | tiny-checkpoint | bench``.
 
 Each subcommand imports what it needs when it runs. No other module of this package reads the environment.
 """
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos3_core.checkpoint.hub import DOWNLOAD_HINT
 from cosmos3_core.errors import CheckpointError, Cosmos3Error, RequestError
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
+from deployments.launch.jobs import add_jobs_flags
 from deployments.launch.keys import add_keys_flags
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_serve_flags(command("serve", _serve, "start the app and keep it running until Ctrl-C"))
     for action in add_keys_flags(command("keys", _keys, "make, list and remove API keys of an app")):
         _add_config_flags(action)
+    for action in add_jobs_flags(command("jobs", _jobs, "list, show, watch and cancel the jobs of a running app")):
+        _add_api_key_flag(action)
     check = command("check", _check, "push one small request through every stage of an app")
     check.add_argument("--url", help="of a running app; without it one is started here, checked and stopped")
     check.add_argument("--checkpoint", type=Path, help="for an app that is started here; default a tiny one")
@@ -292,6 +295,12 @@ def _keys(options: argparse.Namespace) -> int:
 
     # Keys need no checkpoint, but a configuration must name one.
     return run(options, _read_config(options, {"jobs.database": options.database, "checkpoint": "none"}))
+
+
+def _jobs(options: argparse.Namespace) -> int:
+    from deployments.launch.jobs import run
+
+    return run(options, _read_api_key(options))
 
 
 # serve

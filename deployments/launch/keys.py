@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, config: AppConfig) -> int:
             removed = keys.revoke(options.key)
             print(f"{removed.key_id} ({removed.name}) is refused from now on; a running app may take seconds to notice")
         else:
-            _print_table([_make_row(key) for key in keys.list()])
+            print_table(_COLUMNS, [_make_row(key) for key in keys.list()])
     return 0
 
 
@@ -83,7 +83,8 @@ def _format_date(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d")
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    for row in (_COLUMNS, *rows):
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print rows below the names of their columns, aligned."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.sampler.schedule import make_schedule
 from deployments.jobs.store import JobStore
+from deployments.launch import cli
 from tests.app.http_jobs import (
     CLASSES,
     DEADLINE_S,
@@ -133,3 +135,40 @@ def test_all_clients_that_honour_retry_after_get_their_clip(jobs_app: Any) -> No
     assert len({job_id for job_id, _ in made}) == num_clients
     assert waits, "the queue was full"
     assert all(1 <= wait <= 3600 for wait in waits)
+
+
+# The command
+
+
+def cosmos3_jobs(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run ``cosmos3 jobs``; return exit status, output and errors."""
+    status = cli.main(["jobs", *arguments])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_the_command_lists_shows_watches_and_cancels(
+    jobs_app: Any, http: httpx2.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--url", jobs_app.url)
+    job_id = create_job(http, **{**SMALL, "prompt": "A red car drives\nalong the coast, and then it turns."})
+    status, said, shown = cosmos3_jobs(capsys, "watch", job_id, *where)
+    assert (status, said.split(":")[0]) == (0, job_id)
+    assert ": completed after " in said
+    assert "step 2/2" in shown
+    assert "5 frames in the file" in shown
+    status, table, _ = cosmos3_jobs(capsys, "list", "--limit", "1", *where)
+    columns, row = table.splitlines()
+    assert columns.split() == ["id", "status", "stage", "steps", "mode", "size", "frames", "made", "prompt"]
+    assert row.startswith(f"{job_id}  completed  completed  2/2    text_to_video  32x32  5 ")
+    assert row.endswith("A red car drives along the coast, and...")
+    status, text, _ = cosmos3_jobs(capsys, "show", job_id, *where)
+    assert json.loads(text) == http.get(f"/v1/videos/{job_id}").json()
+    with jobs_app.hold():
+        held = create_job(http)
+        assert cosmos3_jobs(capsys, "cancel", held, *where)[:2] == (0, f"{held}: in_progress, is being stopped\n")
+    status, said, _ = cosmos3_jobs(capsys, "watch", held, *where)
+    assert (status, said.partition(": ")[2].split(":")[:2]) == (1, ["failed", " cancelled"])
+    status, _, errors = cosmos3_jobs(capsys, "show", "video_gen_no", *where)
+    assert status == 2
+    assert errors.startswith("error: ")
