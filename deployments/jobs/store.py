@@ -128,6 +128,13 @@ class JobStore:
 
     # Reading
 
+    def find_ended(self, model: str, since_s: float, limit: int) -> Sequence[Job]:
+        """Return the first jobs of a model that ended after a time, in the order of their ends."""
+        ended = (JOBS.c.completed_s > since_s, JOBS.c.model == model)
+        with self._database.reading() as connection:
+            rows = connection.execute(select(JOBS).where(*ended).order_by(JOBS.c.completed_s).limit(limit)).all()
+        return [job_of(row) for row in rows]
+
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """Return a job; None if there is none of this id, or it is not the ``owner``'s (None = any owner)."""
         if not is_job_id(job_id):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -43,6 +44,7 @@ from deployments.launch.ray_session import (
     describe_death,
     describe_failure,
     find_daemons,
+    find_session,
     is_ray_alive,
     list_nodes,
     mute_ray,
@@ -74,22 +76,27 @@ class StopTimeout:
 
 @dataclass(frozen=True)
 class RunningApp:
-    """An app that answers over HTTP, at ``url`` as this machine reaches it."""
+    """An app that answers over HTTP, at ``url`` as this machine reaches it.
+
+    ``logs`` is the directory of its logs; None on a cluster, where each node has one.
+    """
 
     name: str
     url: str
     ray_address: str
     start_seconds: float
     stop_timeout: StopTimeout
+    logs: Path | None = None
 
-    def watch(self) -> None:
-        """Block until the app is gone (LostError), or Ctrl-C or SIGTERM comes (KeyboardInterrupt)."""
+    def watch(self, look: Callable[[], None]) -> None:
+        """Call ``look`` every two seconds until the app is gone (LostError) or a signal comes (KeyboardInterrupt)."""
         daemons = find_daemons()
         with mute_ray():
             while True:
                 try:
                     wait_while_alive(daemons, _WATCH_S)
                     _find_application(self.name)
+                    look()
                 except LostError:
                     if death := describe_death(daemons):
                         self.stop_timeout.stop_s = 0.0  # nothing answers any more
@@ -170,7 +177,8 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
             _await_http(url)
             _check_proxy(url, report)
             address = ray.get_runtime_context().gcs_address
-            yield RunningApp(config.name, url, address, time.monotonic() - start_s, stop_timeout)
+            logs = find_session() / "logs" / "serve" if placement.is_alone else None
+            yield RunningApp(config.name, url, address, time.monotonic() - start_s, stop_timeout, logs)
 
 
 def _check_access(config: AppConfig, report: Callable[[str], None]) -> None:

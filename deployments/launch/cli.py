@@ -339,10 +339,11 @@ def _serve(options: argparse.Namespace) -> int:
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     _prepare_ray(is_alone=address == "local", allows_open=options.allow_open_ray)
     from deployments.api.auth import requires_key
+    from deployments.launch.ended_jobs import EndedJobs
     from deployments.launch.ray_session import Placement
 
     placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
-    with _run_app(config, placement) as app:
+    with _run_app(config, placement) as app, contextlib.closing(EndedJobs(config, _say)) as ended_jobs:
         try:
             _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
             _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
@@ -350,11 +351,14 @@ def _serve(options: argparse.Namespace) -> int:
                 _say(f'    -H "Authorization: Bearer ${_API_KEY}" \\')
             _say(f"    -d '{json.dumps(_EXAMPLE)}'")
             _say(f"  from Python: {_show_environment(app)} python -c 'from deployments.client import connect; ...'")
-            app.watch()
+            if app.logs is not None:
+                _say(f"  logs: {app.logs}")
+            app.watch(ended_jobs.report_new)
         except KeyboardInterrupt:
             _say("stopping ...")
             with contextlib.suppress(KeyboardInterrupt):
                 app.drain(config.http.drain_timeout_s, _say)
+                ended_jobs.report_new()
     return 0
 
 

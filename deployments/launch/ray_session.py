@@ -89,7 +89,7 @@ def ray_session(placement: Placement) -> Iterator[None]:
         try:
             _start(placement)
             if placement.is_alone:
-                sessions = Path(ray.nodes()[0]["RayletSocketName"]).parents[2]
+                sessions = find_session().parent
             yield
         finally:
             # Interrupting Ray's shutdown would leave processes behind; it takes little more than a second.
@@ -102,6 +102,11 @@ def ray_session(placement: Placement) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def find_session() -> Path:
+    """Return the directory of the session of a Ray that was started here: its logs and sockets."""
+    return Path(ray.nodes()[0]["RayletSocketName"]).parents[1]
 
 
 def _set_handlers(handler: Any) -> None:

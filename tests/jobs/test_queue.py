@@ -681,6 +681,7 @@ def call_every_method(store: JobStore) -> None:
     store.find_positions(enqueue(store))
     store.read_load(MODEL)
     store.find_folder_needs([last.job_id])
+    store.find_ended(MODEL, 0.0, 10)
     store.cancel(enqueue(store)[0].job_id)
     store.delete(last.job_id)
     store.sweep(-1.0, 0)
