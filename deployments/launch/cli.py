@@ -1,4 +1,4 @@
-"""The command line: ``cosmos3 generate | serve | jobs | keys | check | demo | download | tiny-checkpoint | bench``.
+"""The command line, ``cosmos3``: generate, serve, jobs, logs, keys, check, demo, download, tiny-checkpoint, bench.
 
 Each subcommand imports what it needs when it runs. No other module of this package reads the environment.
 """
@@ -24,6 +24,8 @@ from cosmos3_core.errors import CheckpointError, Cosmos3Error, RequestError
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
 from deployments.launch.jobs import add_jobs_flags
 from deployments.launch.keys import add_keys_flags
+from deployments.launch.logs import add_logs_flags
+from deployments.launch.logs import run as show_logs
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
@@ -130,6 +132,7 @@ def _make_parser() -> argparse.ArgumentParser:
         _add_config_flags(action)
     for action in add_jobs_flags(command("jobs", _jobs, "list, show, watch and cancel the jobs of a running app")):
         _add_api_key_flag(action)
+    add_logs_flags(command("logs", show_logs, "print what all processes of an app here have logged, by time"))
     check = command("check", _check, "push one small request through every stage of an app")
     check.add_argument("--url", help="of a running app; without it one is started here, checked and stopped")
     check.add_argument("--checkpoint", type=Path, help="for an app that is started here; default a tiny one")
