@@ -19,6 +19,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
 STAGES = re.compile(r"ray::.*(VideoVAE|VideoVAERank|AudioVAE|Mp4Encoder|Director|Ingress)\b")
 LONG, SHORT = 189, 9
+# The frames of the long clip are 33 MB more than those of the short one. What is under way at one time varies, on a busy
+# machine most: 4 to 9 MB more were seen on an idle one.
+MOST_GROWTH_BYTES = 20e6
 
 
 @pytest.mark.slow  # 189 frames four times, on the slow side
@@ -54,4 +57,4 @@ def test_memory_does_not_grow_with_the_clip(tiny_nano: Path, tmp_path: Path) -> 
             watcher.stdout.read()
     print(f"peaks of {SHORT} and {LONG} frames, in MB:", [(short / 1e6, long / 1e6) for short, long in peaks])
     growth = sorted(long - short for short, long in peaks)
-    assert growth[1] < 10e6, peaks
+    assert growth[1] < MOST_GROWTH_BYTES, peaks
