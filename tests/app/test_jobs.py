@@ -165,7 +165,7 @@ def test_the_command_lists_shows_watches_and_cancels(
     status, text, _ = cosmos3_jobs(capsys, "show", job_id, *where)
     assert json.loads(text) == http.get(f"/v1/videos/{job_id}").json()
     with jobs_app.hold():
-        held = create_job(http)
+        held = create_job(http, num_inference_steps=1000)
         assert cosmos3_jobs(capsys, "cancel", held, *where)[:2] == (0, f"{held}: in_progress, is being stopped\n")
     status, said, _ = cosmos3_jobs(capsys, "watch", held, *where)
     assert (status, said.partition(": ")[2].split(":")[:2]) == (1, ["failed", " cancelled"])

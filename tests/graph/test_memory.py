@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
 STAGES = re.compile(r"ray::.*(VideoVAE|VideoVAERank|AudioVAE|Mp4Encoder|Director|Ingress)\b")
 LONG, SHORT = 189, 9
-# The frames of the long clip are 33 MB more than those of the short one. What is under way at one time varies, on a busy
-# machine most: 4 to 9 MB more were seen on an idle one.
+# The frames of the long clip are 33 MB more than those of the short one. What is under way varies, most on a busy
+# machine: 4 to 9 MB were seen on an idle one.
 MOST_GROWTH_BYTES = 20e6
 
 
