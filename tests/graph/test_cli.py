@@ -181,11 +181,10 @@ def test_ctrl_c_drains_running_jobs_and_leaves_no_process(served: Serving, tmp_p
         assert client.stdout.read().splitlines()[-2:] == ["ChunkEncoded", "VideoEnded"]
     assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
-    assert served.said().endswith(
-        "stopping ...\n"
-        "finishing running requests, for 120 s at most; a second Ctrl-C leaves jobs to the next start\n"
-        "stopped\n"
-    )
+    *_, stopping, finishing, job, stopped = served.said().splitlines()
+    assert (stopping, stopped) == ("stopping ...", "stopped")
+    assert finishing == "finishing running requests, for 120 s at most; a second Ctrl-C leaves jobs to the next start"
+    assert re.fullmatch(r"[\d:]{8} video_gen_\w+ text_to_video \d+x\d+ \d+ frames 1000 steps: completed in .* s", job)
     assert served.leftovers() == {}
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
@@ -209,17 +208,17 @@ def test_a_signal_during_the_start_leaves_no_process(group: bool, tiny_nano: Pat
 
 
 @pytest.mark.slow  # Serve tries three times; tests/checkpoint shows the words
-def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) -> None:
-    """Found by a rank, in the third process from the command: Ray's tracebacks stay out of it."""
+def test_a_damaged_tokenizer_is_named_in_one_line(tiny_nano: Path, tmp_path: Path) -> None:
+    """Found by a replica: Ray's tracebacks stay out of it. Weights are checked before Ray starts."""
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_nano, damaged)
-    shard = sorted((damaged / "transformer").glob("*.safetensors"))[1]
-    os.truncate(shard, 1000)
+    (damaged / "text_tokenizer" / "tokenizer.json").write_text("{")
     with serving(tmp_path, "--checkpoint", str(damaged)) as started:
         assert started.process.wait(DEADLINE_S) == 2, started.said()
         first, last = started.said().splitlines()
         assert first.startswith("starting cosmos3 with ")
-        assert last.startswith(f"error: the stage Transformer did not start: CorruptFileError: {shard}: truncated: ")
+        found = f"{damaged / 'text_tokenizer'}: not a readable tokenizer: "
+        assert last.startswith(f"error: the stage PromptTokenizer did not start: CorruptFileError: {found}")
         assert started.leftovers() == {}
 
 
