@@ -346,7 +346,10 @@ def _serve(options: argparse.Namespace) -> int:
     from deployments.launch.ray_session import Placement
 
     placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
-    with _run_app(config, placement) as app, contextlib.closing(EndedJobs(config, _say)) as ended_jobs:
+    with _run_app(config, placement) as app, contextlib.ExitStack() as stack:
+        report_ended: Callable[[], None] = _say_nothing
+        if placement.is_alone:  # on a cluster the database may be a file of another machine
+            report_ended = stack.enter_context(contextlib.closing(EndedJobs(config, _say))).report_new
         try:
             _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
             _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
@@ -356,12 +359,12 @@ def _serve(options: argparse.Namespace) -> int:
             _say(f"  from Python: {_show_environment(app)} python -c 'from deployments.client import connect; ...'")
             if app.logs is not None:
                 _say(f"  logs: {app.logs}")
-            app.watch(ended_jobs.report_new)
+            app.watch(report_ended)
         except KeyboardInterrupt:
             _say("stopping ...")
             with contextlib.suppress(KeyboardInterrupt):
                 app.drain(config.http.drain_timeout_s, _say)
-                ended_jobs.report_new()
+                report_ended()
     return 0
 
 
@@ -398,6 +401,10 @@ def _prepare_ray(*, is_alone: bool, allows_open: bool) -> None:
         from deployments.launch.ray_token import protect_token
 
         protect_token(Path.home())
+
+
+def _say_nothing() -> None:
+    pass
 
 
 def _say(line: str) -> None:
