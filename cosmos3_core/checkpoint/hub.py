@@ -18,7 +18,7 @@ from cosmos3_core.errors import CheckpointError, CorruptFileError, MissingFileEr
 DOWNLOAD_HINT = (
     "`cosmos3 download OWNER/NAME` fetches a whole checkpoint; `cosmos3 tiny-checkpoint DIR` makes a small random one."
 )
-"""What to do without a checkpoint, or with a part of one."""
+"""Advice for errors about a checkpoint: the commands that make a whole one."""
 
 _NAME = re.compile(r"(?P<repository>(?:\w[\w.-]*/)?\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 # The files that CheckpointLayout, WeightFiles and the tokenizer read. No name leaves its folder, and none is a pickle.

@@ -28,7 +28,7 @@ class ParameterPlan:
     Attributes:
         target: the parameter's name in the module.
         sources: published names; a fused parameter stacks their parts along dim 0, in this order.
-        is_fp32: whether it stays fp32 whatever the module's dtype: the time embedder does.
+        is_fp32: whether the parameter is fp32 in a module of any dtype, as the time embedder's are.
     """
 
     target: str

@@ -18,7 +18,7 @@ from deployments.threads import start_task
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIXES = ("ray_cosmos3_", "ray_serve_", "ray_node_gpus_", "ray_node_gram_")
-"""Of the kept metrics: ours, Serve's, and Ray's of the GPUs and their memory."""
+"""Prefixes of the metrics that are kept: this project's, Serve's, and those of GPUs and their memory that Ray has."""
 FAILURES = "ray_cosmos3_scrape_failures"
 
 _LIMIT_S = 5.0  # to learn the nodes, and then to scrape them all
